@@ -1,0 +1,162 @@
+"""From a path to everything a model is: weights on their devices, config, tokenizer, defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from tqdm import tqdm
+
+from jaxinfer import memory
+from jaxinfer.checkpoint import generation_config, names, parameters
+from jaxinfer.checkpoint.gguf import GGUFFile
+from jaxinfer.checkpoint.gguf_config import config_from_gguf
+from jaxinfer.checkpoint.hf_config import config_from_hf
+from jaxinfer.checkpoint.json_file import read_json
+from jaxinfer.checkpoint.safetensors import SafetensorsFiles
+from jaxinfer.checkpoint.source import TensorSource
+from jaxinfer.config import ModelConfig
+from jaxinfer.model import Params, ParamSpec, param_specs
+from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import check_divisible, sharding
+from jaxinfer.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+NARROW = ("scale", "bias")  # vectors: always float32, they weigh nothing and norms need the bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Tokenizer
+    default_params: SamplingParams
+    eos_ids: tuple[int, ...]
+
+
+def load_checkpoint(path: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None) -> Checkpoint:
+    """Load a .gguf file, or a folder of safetensors or Orbax.
+
+    Args:
+      path: as `hub.resolve` returns it.
+      dtype: of the weights; vectors (norms, biases) stay float32.
+      mesh: where they go; None: the default device.
+
+    Raises:
+      CorruptFile, UnsupportedModel, ModelNotFound, OutOfMemory, InvalidArgument (the mesh).
+    """
+    from jaxinfer.checkpoint import orbax
+
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype, mesh)
+    if orbax.is_orbax(path):
+        return orbax.load_orbax(path, dtype=dtype, mesh=mesh)
+    return _load_safetensors(path, dtype, mesh)
+
+
+def _load_gguf(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+    file = GGUFFile(path)
+    factors = None
+    if "rope_freqs.weight" in file.shapes:
+        count = file.shapes["rope_freqs.weight"][0]
+        factors = file.read("rope_freqs.weight", 0, count, np.dtype(np.float32)).tolist()
+    config = config_from_gguf(
+        file.metadata, file.shapes, where=path.name, rope_factors=factors
+    )
+    pieces = names.gguf_pieces(config, file.metadata["general.architecture"])
+    names.check(config, pieces, file.shapes, path.name)
+    tokenizer = tokenizer_from_gguf(file.metadata)
+    params = read_params(file, pieces, config, dtype, mesh)
+    return Checkpoint(params, config, tokenizer, SamplingParams(), tuple(tokenizer.eos_ids))
+
+
+def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+    folder = path if path.is_dir() else path.parent
+    description = read_json(folder / "config.json")
+    config = config_from_hf(description, where="config.json")
+    files = SafetensorsFiles(path)
+    pieces = names.hf_pieces(config, names.hf_prefix(files.shapes))
+    names.check(config, pieces, files.shapes, path.name)
+    if config.tied:
+        parameters.check_tied_head(files, pieces["embed/table"])
+    tokenizer = load_tokenizer(folder)
+    advice = folder / "generation_config.json"
+    generation = read_json(advice) if advice.exists() else {}
+    ends = {
+        *generation_config.eos_ids(description, where="config.json"),
+        *generation_config.eos_ids(generation, where=advice.name),
+        *tokenizer.eos_ids,
+    }
+    defaults = generation_config.default_params(generation, where=advice.name)
+    params = read_params(files, pieces, config, dtype, mesh)
+    return Checkpoint(params, config, tokenizer, defaults, tuple(sorted(ends)))
+
+
+def leaf_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of the parameter at this path."""
+    return jnp.dtype(jnp.float32) if path.endswith(NARROW) else jnp.dtype(dtype)
+
+
+def flat_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Path such as "layer_0/attn/q/kernel" -> spec."""
+    leaves = jax.tree.leaves_with_path(
+        param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+    return {"/".join(key.key for key in path): spec for path, spec in leaves}
+
+
+def nest(flat: dict[str, Any]) -> Params:
+    """The nested dict of a flat one."""
+    out: Params = {}
+    for path, value in flat.items():
+        *rooms, leaf = path.split("/")
+        room = out
+        for name in rooms:
+            room = room.setdefault(name, {})
+        room[leaf] = value
+    return out
+
+
+def placement(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
+    """Where a parameter lies."""
+    return sharding(spec.axes, mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
+
+
+def require_memory(
+    specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None
+) -> None:
+    """Raise OutOfMemory unless the weights fit."""
+    needed = sum(math.prod(s.shape) * leaf_dtype(p, dtype).itemsize for p, s in specs.items())
+    devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+    advice = "a smaller model, dtype=bfloat16 or more devices (mesh=)"
+    memory.require(needed, f"the weights in {jnp.dtype(dtype).name}", advice, devices)
+
+
+def read_params(
+    source: TensorSource,
+    pieces: dict[str, names.Piece],
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+) -> Params:
+    """Read every parameter and put it on its devices, one after the other."""
+    specs = flat_specs(config)
+    if mesh:
+        check_divisible(config, mesh)
+    require_memory(specs, dtype, mesh)
+    flat = {}
+    for path in tqdm(specs, desc="loading weights", unit="tensor", leave=False, disable=None):
+        spec = specs[path]
+        value = parameters.read_parameter(
+            source, pieces[path], spec.shape, leaf_dtype(path, dtype)
+        )
+        # On CPU jax takes the aligned buffer over, elsewhere it copies: nobody else holds it.
+        flat[path] = jax.device_put(value, placement(spec, mesh), may_alias=True)
+    return nest(flat)

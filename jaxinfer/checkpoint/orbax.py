@@ -1,0 +1,139 @@
+"""Our own checkpoints: weights by Orbax, which loads them straight to shardings, bit for bit.
+
+    folder/jaxinfer.json    what the model is: config, dtype, defaults, end tokens
+    folder/weights/         the parameter tree, an Orbax checkpoint
+    folder/tokenizer...     the tokenizer's own files
+
+jaxinfer.json is written last: a folder without it is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.checkpoint import config_json
+from jaxinfer.checkpoint.fields import MAX_VOCAB, Fields
+from jaxinfer.checkpoint.generation_config import eos_ids
+from jaxinfer.checkpoint.json_file import read_json
+from jaxinfer.checkpoint.load import (
+    Checkpoint,
+    flat_specs,
+    leaf_dtype,
+    nest,
+    placement,
+    require_memory,
+)
+from jaxinfer.checkpoint.source import label, one_line
+from jaxinfer.errors import CorruptFile, InvalidArgument
+from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import check_divisible
+from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
+
+DESCRIPTION = "jaxinfer.json"
+WEIGHTS = "weights"
+FORMAT = 1
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether the folder is a checkpoint of ours."""
+    return (path / DESCRIPTION).is_file()
+
+
+def save_orbax(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint into a new or empty folder.
+
+    Raises InvalidArgument where the folder holds something, or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InvalidArgument(f"{label(folder)}: is not empty; name a new folder")
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(folder.absolute() / WEIGHTS, checkpoint.params)
+        save_tokenizer(checkpoint.tokenizer, folder)
+        description = {
+            "format": FORMAT,
+            "dtype": str(checkpoint.params["embed"]["table"].dtype),
+            "config": dataclasses.asdict(checkpoint.config),
+            "sampling": dataclasses.asdict(checkpoint.default_params),
+            "eos_token_id": list(checkpoint.eos_ids),
+        }
+        draft = folder / f"{DESCRIPTION}.tmp"
+        draft.write_text(json.dumps(description, indent=1), encoding="utf-8")
+        draft.replace(folder / DESCRIPTION)
+    except OSError as error:
+        raise InvalidArgument(f"{label(folder)}: cannot be written: {error.strerror}") from error
+
+
+def load_orbax(folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+    """Load what `save_orbax` wrote; weights of another dtype are cast as they are read."""
+    where = DESCRIPTION
+    fields = Fields(read_json(folder / DESCRIPTION), where)
+    fields.only("format", FORMAT, why="not a format this version reads")
+    config = config_json.from_fields(fields.table("config"), where)
+    sampling = _sampling(fields.get("sampling", {}), where)
+    ends = eos_ids(fields.values, where=where)
+    if any(i >= MAX_VOCAB for i in ends):
+        raise fields.corrupt("eos_token_id", "token ids")
+    params = _read_weights(folder / WEIGHTS, config, dtype, mesh)
+    return Checkpoint(params, config, load_tokenizer(folder), sampling, ends)
+
+
+def _sampling(values: Any, where: str) -> SamplingParams:
+    try:
+        return SamplingParams(**values)
+    except (TypeError, InvalidArgument) as error:
+        raise CorruptFile(f"{where}: sampling: {one_line(error, 90)}") from error
+
+
+def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+    import orbax.checkpoint as ocp
+
+    specs = flat_specs(config)
+    if mesh:
+        check_divisible(config, mesh)
+    require_memory(specs, dtype, mesh)
+    if not folder.is_dir():
+        raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
+    wanted = {
+        path: jax.ShapeDtypeStruct(
+            spec.shape, leaf_dtype(path, dtype), sharding=placement(spec, mesh)
+        )
+        for path, spec in specs.items()
+    }
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells its life there
+    with ocp.StandardCheckpointer() as reader:
+        try:
+            held = _shapes(reader.metadata(folder.absolute()).item_metadata)
+        except Exception as error:  # whatever its parsers raise on a file that lies
+            raise _broken(folder, error) from error
+        for path, spec in specs.items():
+            if held.get(path) != spec.shape:
+                raise CorruptFile(
+                    f"{label(folder)}: {path} has shape {held.get(path)}; the config asks for {spec.shape}"
+                )
+        if extra := sorted(set(held) - set(specs)):
+            raise CorruptFile(f"{label(folder)}: {one_line(extra[0])} is no parameter of this config")
+        try:
+            return reader.restore(folder.absolute(), nest(wanted))
+        except Exception as error:
+            raise _broken(folder, error) from error
+
+
+def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(metadata.tree)
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _broken(folder: Path, error: Exception) -> CorruptFile:
+    return CorruptFile(f"{label(folder)}: Orbax cannot read it: {one_line(error, 120)}")

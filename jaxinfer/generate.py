@@ -1,0 +1,410 @@
+"""What users touch: `load` and `LLM` with generate, stream, chat, score and forward.
+
+Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the loop),
+`steps.py` (the jitted steps), `model.py` (the forward), `cache.py`, `sampling.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer import steps
+from jaxinfer.batch import Batch, Model, Request
+from jaxinfer.chat import encode_chat
+from jaxinfer.config import ModelConfig
+from jaxinfer.errors import InvalidArgument, PromptTooLong
+from jaxinfer.model import Params
+from jaxinfer.outputs import ForwardOutput, GenerationOutput, Piece, Stats
+from jaxinfer.sampling import SamplingParams
+from jaxinfer.text import TextWriter
+from jaxinfer.tokenizer import Tokenizer
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+STEPS_PER_LOOK = 64  # tokens between two looks of the host at a batch without stop strings
+STEPS_PER_LOOK_STOP = 8  # with stop strings: at most this many tokens are made in vain
+
+Prompt = str | Sequence[int]  # text or token ids
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+
+def load(
+    name: str | Path = DEFAULT_MODEL,
+    *,
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    max_len: int | None = None,
+    max_batch: int = 32,
+    cache_dir: str | Path | None = None,
+) -> LLM:
+    """Load a model by name.
+
+    Args:
+      name: an alias (`smollm2-135m-instruct`, `gemma-3-270m`), `hf://org/name[@revision]`, a folder
+        (safetensors or Orbax) or a .gguf file.
+      dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: float32 on
+        CPU, bfloat16 elsewhere.
+      mesh: spreads the weights, see `make_mesh`; None: one device.
+      max_len: context in tokens; None: the model's own.
+      max_batch: most rows that run at once; more prompts run in turns.
+      cache_dir: where downloads and compiled programs are kept; None: JAXINFER_CACHE, else
+        ~/.cache/jaxinfer.
+
+    Raises:
+      JaxinferError: ModelNotFound, UnsupportedModel, CorruptFile, OutOfMemory or InvalidArgument.
+    """
+    from jaxinfer.checkpoint import hub
+    from jaxinfer.checkpoint.load import load_checkpoint
+
+    folder = Path(cache_dir) if cache_dir else hub.cache_dir()
+    steps.enable_compile_cache(folder / "compiled")
+    kind = _dtype(dtype, mesh)
+    checkpoint = load_checkpoint(hub.resolve(str(name), cache=folder), dtype=kind, mesh=mesh)
+    return LLM(
+        checkpoint.params,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        dtype=kind,
+        mesh=mesh,
+        max_len=max_len,
+        max_batch=max_batch,
+        default_params=checkpoint.default_params,
+        eos_ids=checkpoint.eos_ids,
+    )
+
+
+def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
+    if dtype is None:
+        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    known = ("float32", "bfloat16", "float16")
+    if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
+        raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")
+    return jnp.dtype(dtype)
+
+
+class LLM:
+    """A model ready to generate. Immutable: every call is a function of its arguments."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        dtype: jnp.dtype,
+        mesh: Mesh | None = None,
+        max_len: int | None = None,
+        max_batch: int = 32,
+        default_params: SamplingParams | None = None,
+        eos_ids: Sequence[int] | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise InvalidArgument(f"max_batch={max_batch}: must be 1 or more")
+        if max_len is not None and not 1 < max_len <= config.max_len:
+            raise InvalidArgument(
+                f"max_len={max_len}: must be 2 to {config.max_len}, the model's own"
+            )
+        self.tokenizer = tokenizer
+        self.max_len = max_len or config.max_len
+        self.max_batch = max_batch
+        self.default_params = default_params or SamplingParams()
+        self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
+        vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
+        self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit)
+
+    @property
+    def params(self) -> Params:
+        """The weights, a nested dict of arrays."""
+        return self.model.params
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.model.config
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(x.nbytes for x in jax.tree.leaves(self.params))
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model has a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    # ---------------------------------------------------------------- generating
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Continue prompts.
+
+        Args:
+          prompts: text or token ids, or a list of them.
+          params: one for all prompts or one each; None: the model's defaults. Under one `params`
+            with a seed, the prompts of a list draw different random numbers; under a list of
+            `params`, a row's text depends on its own alone.
+          **overrides: fields of `SamplingParams` that replace those of `params`.
+
+        Returns:
+          A GenerationOutput for one prompt (a list of n where n > 1), a list in order for a list.
+          A prompt that ends at the context's end gives fewer than max_tokens.
+
+        Raises:
+          InvalidArgument: an empty prompt, a bad id or parameter; PromptTooLong; OutOfMemory.
+        """
+        ids, single = self._token_ids(prompts)
+        rows = self._requests(ids, params, overrides)
+        outputs: list[GenerationOutput | None] = [None] * len(rows)
+        # Rows of like length share a batch: padding is the only cost of raggedness.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+        for first in range(0, len(order), self.max_batch):
+            members = order[first : first + self.max_batch]
+            for index, piece_or_output in self._run([rows[i] for i in members], streaming=False):
+                if isinstance(piece_or_output, GenerationOutput):
+                    outputs[members[index]] = piece_or_output
+        return _regroup(outputs, rows, len(ids), single)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **overrides: Any,
+    ) -> Iterator[Piece]:
+        """`generate`, a piece of text at a time.
+
+        Yields:
+          `Piece`, a str whose `index` tells the row; for one prompt they join to the whole text.
+          Every row ends with a piece that has a `finish_reason`.
+        """
+        ids, _ = self._token_ids(prompts)
+        rows = self._requests(ids, params, overrides)
+        if len(rows) > self.max_batch:
+            raise InvalidArgument(f"{len(rows)} rows to stream at once; max_batch={self.max_batch}")
+        return (item for _, item in self._run(rows, streaming=True) if isinstance(item, Piece))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Answer a conversation, or each of a list of them; returns as `generate` does."""
+        return self.generate(self.chat_ids(messages), params, **overrides)
+
+    def chat_ids(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Any:
+        """Token ids of a conversation (or of each) behind the model's chat template."""
+        if not messages:
+            raise InvalidArgument("an empty conversation: give at least one message")
+        if isinstance(messages[0], Mapping):
+            return encode_chat(self.tokenizer, messages)
+        return [encode_chat(self.tokenizer, m) for m in messages]
+
+    def _run(
+        self, rows: Sequence[Request], *, streaming: bool
+    ) -> Iterator[tuple[int, Piece | GenerationOutput]]:
+        """Run rows together; yields (row, Piece) as text comes and (row, GenerationOutput) at its end."""
+        batch = Batch(self.model, rows)
+        writers = [TextWriter(self.tokenizer.stream(), r.params.stop) for r in rows]
+        running = set(range(len(rows)))
+        batch.prefill()
+        shown = [0] * len(rows)  # tokens that a piece has already spoken of
+        look = STEPS_PER_LOOK_STOP if any(r.params.stop for r in rows) else STEPS_PER_LOOK
+        max_steps = 1  # the first token alone, so that its time is known
+        while running:
+            new = batch.advance(max_steps)
+            max_steps = 1 if streaming else look
+            for row in sorted(running):
+                request, writer = rows[row], writers[row]
+                text = ""
+                for token in new[row]:
+                    text += writer.push(token, silent=token in request.stop_ids)
+                    if writer.stopped:
+                        batch.stop(row)
+                        break
+                reason = _finish_reason(request, writer)
+                if reason:
+                    running.discard(row)
+                    text += writer.finish()
+                if text or reason:
+                    yield row, Piece(text, row, writer.token_ids[shown[row] :], reason)
+                    shown[row] = len(writer.token_ids)
+                if reason:
+                    yield row, _output(batch, row, writer, reason)
+
+    # ---------------------------------------------------------------- research
+
+    def score(self, texts: Prompt | Sequence[Prompt]) -> Any:
+        """Log-probability (natural) of each token of a text given those before it.
+
+        Returns:
+          np.ndarray [T-1] f32 for a text of T tokens, BOS included where the tokenizer adds one; a
+          list of them for a list.
+        """
+        ids, single = self._token_ids(texts)
+        scores = [self._score(row) for row in ids]
+        return scores[0] if single else scores
+
+    def _score(self, ids: Sequence[int]) -> np.ndarray:
+        if len(ids) > self.max_len:
+            raise PromptTooLong(f"{len(ids)} tokens to score; the context has {self.max_len}")
+        cache = self.model.new_cache(1, steps.capacity_for(len(ids)))
+        parts: list[np.ndarray] = []
+        for at in range(0, len(ids) - 1, steps.PREFILL_WIDTHS[-1]):
+            chunk = ids[at : at + steps.PREFILL_WIDTHS[-1] + 1]
+            count = len(chunk) - 1
+            width = steps.bucket(count, steps.PREFILL_WIDTHS)
+            padded = np.zeros((1, width + 1), np.int32)
+            padded[0, : len(chunk)] = chunk
+            targets = np.pad(np.asarray(chunk[1:], np.int32), (0, width - count))[None]
+            logp, cache = steps.score(
+                self.params,
+                jnp.asarray(padded[:, :-1]),
+                jnp.asarray(targets),
+                jnp.array([count], jnp.int32),
+                cache,
+                config=self.config,
+            )
+            parts.append(np.asarray(logp[0, :count]))
+        return np.concatenate(parts) if parts else np.zeros((0,), np.float32)
+
+    def forward(
+        self, token_ids: Sequence[int] | Sequence[Sequence[int]], *, layers: Sequence[int] = ()
+    ) -> ForwardOutput:
+        """Logits of every position, and on request the residual stream behind chosen layers.
+
+        Args:
+          token_ids: one list of ids or a ragged list of lists; B rows of at most T ids.
+          layers: layer numbers; negative ones count from the last.
+        """
+        ids, _ = self._token_ids(token_ids)
+        longest = max(map(len, ids))
+        if longest > self.max_len:
+            raise PromptTooLong(f"{longest} tokens; the context has {self.max_len}")
+        count = self.config.num_layers
+        wanted = tuple(layers)
+        if any(not -count <= i < count for i in wanted):
+            raise InvalidArgument(f"layers={wanted}: the model has {count} layers")
+        capacity = steps.capacity_for(longest)
+        width = steps.bucket(longest, (*steps.PREFILL_WIDTHS, capacity))
+        tokens = np.zeros((len(ids), width), np.int32)
+        for b, row in enumerate(ids):
+            tokens[b, : len(row)] = row
+        lengths = jnp.array([len(row) for row in ids], jnp.int32)
+        logits, hidden, _ = steps.logits_and_states(
+            self.params,
+            jnp.asarray(tokens),
+            lengths,
+            self.model.new_cache(len(ids), capacity),
+            config=self.config,
+            layers=tuple(sorted({i % count for i in wanted})),
+        )
+        states = {i: hidden[i % count][:, :longest] for i in wanted}
+        return ForwardOutput(logits[:, :longest], lengths, states)
+
+    # ---------------------------------------------------------------- requests
+
+    def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
+        """Ids of each prompt, and whether there was one prompt instead of a list."""
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+            return [self._encode(prompts)], True
+        if not len(prompts):
+            raise InvalidArgument("no prompt: give a text or a list of at least one")
+        return [self._encode(p) for p in prompts], False
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if len(prompt) == 0:
+            raise InvalidArgument("the prompt is empty: give at least one character or token id")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        for i in prompt:
+            if isinstance(i, bool) or not isinstance(i, int | np.integer):
+                raise InvalidArgument(
+                    f"a prompt is text or a list of token ids, not {type(i).__name__}"
+                )
+            if not 0 <= i < self.config.vocab_size:
+                raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
+        return [int(i) for i in prompt]
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        overrides: Mapping[str, Any],
+    ) -> list[Request]:
+        shared = params is None or isinstance(params, SamplingParams)
+        each = [params or self.default_params] * len(prompts) if shared else list(params)
+        if len(each) != len(prompts):
+            raise InvalidArgument(
+                f"{len(each)} params for {len(prompts)} prompts: one for all, or one each"
+            )
+        unknown = set(overrides) - {f.name for f in dataclasses.fields(SamplingParams)}
+        if unknown:
+            raise InvalidArgument(f"SamplingParams has no field {', '.join(sorted(unknown))}")
+        requests: list[Request] = []
+        seed = None
+        for i, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
+            p = dataclasses.replace(given, **overrides)
+            self._check(prompt, p)
+            if seed is None or not shared:
+                seed = secrets.randbits(32) if p.seed is None else p.seed
+            stop_ids = {*p.stop_token_ids, *(() if p.ignore_eos else self.eos_ids)}
+            limit = min(len(prompt) + p.max_tokens, self.max_len)
+            first = i * p.n if shared else 0
+            requests += [
+                Request(prompt, p, seed, first + j, sorted(stop_ids), limit) for j in range(p.n)
+            ]
+        return requests
+
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if len(prompt) >= self.max_len:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens; the context has {self.max_len} and one must be left"
+            )
+        for i in [*params.stop_token_ids, *(params.logit_bias or {})]:
+            if i >= self.config.vocab_size:
+                raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
+
+
+def _finish_reason(request: Request, writer: TextWriter) -> str | None:
+    ids = writer.token_ids
+    if writer.stopped or (ids and ids[-1] in request.stop_ids):
+        return "stop"
+    return "length" if len(request.prompt) + len(ids) >= request.limit else None
+
+
+def _output(batch: Batch, row: int, writer: TextWriter, reason: str) -> GenerationOutput:
+    count = len(writer.token_ids)
+    stats = Stats(
+        prompt_tokens=len(batch.requests[row].prompt),
+        new_tokens=count,
+        first_token_seconds=batch.first_token_seconds,
+        prefill_seconds=batch.prefill_seconds,
+        decode_seconds=batch.decode_seconds,
+        tokens_per_second=count / batch.decode_seconds,
+    )
+    return GenerationOutput(
+        writer.text, writer.token_ids, reason, stats, batch.logprobs(row, count)
+    )
+
+
+def _regroup(outputs: list, rows: Sequence[Request], num_prompts: int, single: bool) -> Any:
+    """One output a prompt, or a list of n where its n > 1."""
+    grouped, at = [], 0
+    for _ in range(num_prompts):
+        n = rows[at].params.n
+        grouped.append(outputs[at] if n == 1 else outputs[at : at + n])
+        at += n
+    return grouped[0] if single else grouped

@@ -1,0 +1,292 @@
+"""The one forward, in Flax Linen; the only file that does.
+
+    hidden, cache = forward(params, tokens, num_new, cache, config=config)
+    logits = head(params, hidden, config=config)
+
+prefill is T = a bucket of the prompt, decode T = 1, verify T = draft + 1: nothing else tells them
+apart. A parameter is declared once, by its letters: shape, sharding and init follow from them.
+Letters: B batch, T new tokens, S slots, D width, F hidden, N query heads, K kv heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxinfer import rotary
+from jaxinfer.cache import KVCache, LayerCache, init_cache
+from jaxinfer.config import LayerConfig, ModelConfig
+from pallas_kernels.cached_attention.api import cached_attention
+
+Params = dict[str, Any]  # nested dict of arrays
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+
+def project(w: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
+    """w [*out, *in] times x [B,T,*in] -> [B,T,*out] float32.
+
+    The weight stands first and its rows are outputs: that is the file's own layout, and the one form
+    that XLA:CPU runs at memory bandwidth for one row and for many, in float32 and in bfloat16.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (tuple(range(w.ndim - num_in, w.ndim)), tuple(range(x.ndim - num_in, x.ndim)))
+    y = jax.lax.dot_general(
+        w, x, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    num_out = w.ndim - num_in  # y is [*out, B, T]
+    return jnp.moveaxis(y, range(num_out), range(-num_out, 0))
+
+
+class Linear(nn.Module):
+    """A projection from axes `inp` to axes `out`, each a string of letters."""
+
+    config: ModelConfig
+    out: str
+    inp: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = _param(self, "kernel", self.out + self.inp, nn.initializers.normal(0.02))
+        y = project(kernel, x, len(self.inp))
+        if self.use_bias:
+            y += _param(self, "bias", self.out, nn.initializers.normal(0.02))
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the trailing `axes` (arXiv 1910.07467), in float32."""
+
+    config: ModelConfig
+    axes: str = "D"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = _param(self, "scale", self.axes, nn.initializers.ones)
+        y = x.astype(jnp.float32)
+        over = tuple(range(-len(self.axes), 0))
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + self.config.norm_eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) over the cache."""
+
+    config: ModelConfig
+    layer: LayerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,  # [B,T,D]
+        rope: tuple[jax.Array, jax.Array] | None,
+        start: jax.Array,  # [B]
+        num_new: jax.Array,  # [B]
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        c = self.config
+        q = Linear(c, "NH", "D", c.qkv_bias, name="q")(x)  # [B,T,N,H]
+        k = Linear(c, "KH", "D", c.qkv_bias, name="k")(x)  # [B,T,K,H]
+        v = Linear(c, "KH", "D", c.qkv_bias, name="v")(x)
+        if c.qk_norm != "none":
+            full = c.qk_norm == "full"
+            q = RMSNorm(c, "NH" if full else "H", name="q_norm")(q)
+            k = RMSNorm(c, "KH" if full else "H", name="k_norm")(k)
+        if rope is not None:
+            q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
+        cache = cache.append(k, v, start, num_new)
+        y = cached_attention(
+            q,
+            cache.k,
+            cache.v,
+            start,
+            scale=c.attention_scale,
+            window=self.layer.window,
+            softcap=c.attention_softcap,
+        )
+        return Linear(c, "D", "NH", c.out_bias, name="out")(y), cache
+
+
+class MLP(nn.Module):
+    """Gated MLP (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        gate = Linear(c, "F", "D", c.mlp_bias, name="gate")(x)
+        up = Linear(c, "F", "D", c.mlp_bias, name="up")(x)
+        return Linear(c, "D", "F", c.mlp_bias, name="down")(ACTIVATIONS[c.activation](gate) * up)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream, with norms before or behind them."""
+
+    config: ModelConfig
+    layer: LayerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array] | None,
+        start: jax.Array,
+        num_new: jax.Array,
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
+        c = self.config
+        y = RMSNorm(c, name="attn_norm")(x) if c.pre_norm else x
+        y, cache = Attention(c, self.layer, name="attn")(y, rope, start, num_new, cache)
+        x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norm else y)
+        y = RMSNorm(c, name="mlp_norm")(x) if c.pre_norm else x
+        y = MLP(c, name="mlp")(y)
+        x = x + (RMSNorm(c, name="mlp_post_norm")(y) if c.post_norm else y)
+        self.sow("intermediates", "hidden", x)  # kept only where the caller asks, see `forward`
+        return x, cache
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer; `__call__` is the forward, `head` the logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embedding(c)
+        self.blocks = [Block(c, layer, name=f"layer_{i}") for i, layer in enumerate(c.layers)]
+        self.final_norm = RMSNorm(c)
+        if not c.tied:
+            self.output = Embedding(c, name="head")
+
+    def __call__(
+        self, tokens: jax.Array, num_new: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        c = self.config
+        start = cache.lengths
+        positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
+        # Layers that share a rope share its tables.
+        ropes = {layer.rope: None for layer in c.layers if layer.rope is not None}
+        ropes = {rope: rotary.tables(rope, positions) for rope in ropes}
+        x = self.embed(tokens)
+        layers = []
+        for block, layer, kv in zip(self.blocks, c.layers, cache.layers, strict=True):
+            x, kv = block(x, layer.rope and ropes[layer.rope], start, num_new, kv)
+            layers.append(kv)
+        return self.final_norm(x), KVCache(tuple(layers), start + num_new)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Hidden [B,T,D] -> logits [B,T,V] float32."""
+        y = (self.embed if self.config.tied else self.output).attend(hidden)
+        cap = self.config.logit_softcap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+class Embedding(nn.Module):
+    """A table of one vector a token: looked up at the entrance, multiplied with at the head."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.table = _param(self, "table", "VD", nn.initializers.normal(0.02))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.table[tokens]
+        return x * jnp.asarray(self.config.embed_scale, x.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return project(self.table, x)
+
+
+def _param(module: Any, name: str, axes: str, init: Callable[..., Any]) -> jax.Array:
+    shape = tuple(module.config.size(a) for a in axes)
+    return module.param(name, nn.with_partitioning(init, tuple(axes)), shape)
+
+
+def forward(
+    params: Params, tokens: jax.Array, num_new: jax.Array, cache: KVCache, *, config: ModelConfig
+) -> tuple[jax.Array, KVCache]:
+    """Feed T tokens a row; row b writes its num_new[b] of them behind the lengths[b] it holds.
+
+    Args:
+      params: nested dict; `param_specs` gives its shapes.
+      tokens: [B,T] int32; what stands behind num_new[b] is padding.
+      num_new: [B] int32 in 0..T; 0 leaves a row idle.
+      cache: what came before; lengths[b] + num_new[b] must not exceed its capacity.
+      config: static.
+
+    Returns:
+      hidden [B,T,D] behind the final norm, and the cache with lengths + num_new.
+    """
+    return Transformer(config).apply({"params": params}, tokens, num_new, cache)
+
+
+def forward_with_states(
+    params: Params,
+    tokens: jax.Array,
+    num_new: jax.Array,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    layers: tuple[int, ...],
+) -> tuple[jax.Array, KVCache, dict[int, jax.Array]]:
+    """`forward`, and the residual stream [B,T,D] behind each of `layers`, for research."""
+    (hidden, cache), extra = Transformer(config).apply(
+        {"params": params}, tokens, num_new, cache, mutable=["intermediates"]
+    )
+    sown = extra["intermediates"]
+    return hidden, cache, {i: sown[f"layer_{i}"]["hidden"][0] for i in layers}
+
+
+def head(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Logits [B,T,V] float32 of hidden [B,T,D]; call it only for positions that somebody needs."""
+    return Transformer(config).apply({"params": params}, hidden, method="head")
+
+
+class ParamSpec(NamedTuple):
+    """A parameter before there is an array: its shape, and a letter an axis."""
+
+    shape: tuple[int, ...]
+    axes: str
+
+
+def param_specs(config: ModelConfig) -> Any:
+    """The parameter tree with a `ParamSpec` at each leaf; no array is made."""
+
+    def init() -> Any:
+        def both(model: Transformer, *args: Any) -> jax.Array:
+            return model.head(model(*args)[0])
+
+        one = jnp.zeros((1,), jnp.int32)
+        cache = init_cache(config, 1, 1, jnp.float32)
+        return Transformer(config).init(jax.random.key(0), one[None], one, cache, method=both)
+
+    def spec(box: nn.Partitioned) -> ParamSpec:
+        return ParamSpec(box.value.shape, "".join(box.names))
+
+    boxes = jax.eval_shape(init)["params"]
+    return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype, std: float = 0.02) -> Params:
+    """Random weights: norms are one, everything else normal with this standard deviation."""
+    specs, tree = jax.tree.flatten_with_path(
+        param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+
+    def draw(path: tuple[Any, ...], spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if path[-1].key == "scale":
+            return jnp.ones(spec.shape, jnp.float32)
+        return (std * jax.random.normal(key, spec.shape)).astype(dtype)
+
+    keys = jax.random.split(key, len(specs))
+    return jax.tree.unflatten(tree, [draw(p, s, k) for (p, s), k in zip(specs, keys, strict=True)])

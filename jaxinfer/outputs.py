@@ -1,0 +1,65 @@
+"""What generation gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability (natural) of a chosen token under the model itself, before any processing."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]  # the likeliest token ids, largest first; as many as were asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts in tokens, times in seconds of wall clock; times are those of the row's whole batch."""
+
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float  # from the call to the first token
+    prefill_seconds: float  # putting the prompt into the cache
+    decode_seconds: float  # everything after that
+    tokens_per_second: float  # new_tokens / decode_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationOutput:
+    """One continuation of one prompt."""
+
+    text: str
+    token_ids: list[int]  # the new ones, an end token included
+    finish_reason: FinishReason  # "stop": end token or stop string; "length": max_tokens or context
+    stats: Stats
+    logprobs: list[TokenLogprob] | None = None  # one a token, if asked for
+
+
+class Piece(str):
+    """A piece of streamed text: a `str`, so that "".join(pieces) is the whole, with its origin."""
+
+    index: int  # which row: of the prompts in order, n samples each
+    token_ids: list[int]  # tokens committed since the last piece of this row
+    finish_reason: FinishReason | None  # set on the last piece of a row
+
+    def __new__(
+        cls, text: str, index: int, token_ids: list[int], finish_reason: FinishReason | None
+    ) -> Piece:
+        piece = super().__new__(cls, text)
+        piece.index, piece.token_ids, piece.finish_reason = index, token_ids, finish_reason
+        return piece
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOutput:
+    """Result of `LLM.forward`; row b of a ragged batch is meaningful up to its own length."""
+
+    logits: jax.Array  # [B,T,V] f32
+    lengths: jax.Array  # [B] i32
+    hidden: dict[int, jax.Array]  # layer -> [B,T,D] residual stream behind that layer

@@ -1,0 +1,1 @@
+"""Attention of a block of new tokens over a cache with per-row lengths."""

@@ -1,0 +1,61 @@
+"""Public entry of `cached_attention`: checks its arguments and picks a backend."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from pallas_kernels.cached_attention.reference import cached_attention_reference
+
+Impl = Literal["auto", "xla"]
+
+
+class UnsupportedError(ValueError):
+    """An argument that the chosen backend does not cover; the message says what it covers."""
+
+
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+) -> jax.Array:
+    """Causal grouped-query attention of T new tokens a row over a cache of S slots.
+
+    Args:
+      q: [B,T,N,H] queries; query t of row b stands at position start[b] + t.
+      k, v: [B,K,S,H] keys and values, the new tokens' already written; K divides N. What stands in
+        slots beyond a query's position is ignored, but must be finite.
+      start: [B] int32, tokens that the cache held before the new ones.
+      scale: multiplies q.k before the softmax.
+      window: a query sees this many slots, its own included; None: all up to its own.
+      softcap: cap * tanh(score / cap) on the scaled scores (Gemma 2, arXiv 2408.00118).
+      impl: "xla" is the reference; "auto" picks the best backend here, today always "xla".
+
+    Returns:
+      [B,T,N,H] in the dtype of q.
+
+    Raises:
+      UnsupportedError: shapes that do not fit together, or an `impl` that does not exist.
+    """
+    if impl not in ("auto", "xla"):
+        raise UnsupportedError(f"impl={impl!r}: this op has 'auto' and 'xla'")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise UnsupportedError(
+            f"q {q.shape} must be [B,T,N,H]; k {k.shape} and v {v.shape} [B,K,S,H]"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[1]:
+        raise UnsupportedError(
+            f"q {q.shape} and k {k.shape} differ in B or H, or K does not divide N"
+        )
+    if start.shape != q.shape[:1]:
+        raise UnsupportedError(f"start {start.shape} must be [B] = {q.shape[:1]}")
+    if window is not None and window < 1:
+        raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
+    return cached_attention_reference(q, k, v, start, scale=scale, window=window, softcap=softcap)
