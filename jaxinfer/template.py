@@ -21,48 +21,51 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.filters
 import jinja2.runtime
 import jinja2.sandbox
+import jinja2.utils
+import jinja2.visitor
 from jinja2 import nodes
 
 from jaxinfer.checkpoint.source import one_line
 from jaxinfer.errors import CorruptFile, InvalidArgument
+from jaxinfer.template_budget import Beyond, Budget
 
 MAX_TEMPLATE = 100_000  # characters; the longest in use have about a third
 MAX_NODES = 50_000  # of its syntax tree
-MAX_SECONDS = 1.0  # for compiling and rendering together; real templates take milliseconds
-MAX_CHARS = 1 << 20  # of the text, or of any one value, besides MAX_RATIO times the input
-MAX_RATIO = 16
-MAX_MADE = 16  # times the size of the text: the sum of all values made on the way
-MAX_DEPTH = 100  # of lists in lists: deeper ones overflow the C stack when hashed
-MAX_BITS = 1024  # of an integer
-MAX_WIDTH = 64  # of an indentation
-ITEM = 16  # what an item of a list costs, in characters
+MAX_WIDTH = 64  # of an indentation, and of what a slow method looks for
 
-FILTERS = (
-    "abs attr capitalize count d default dictsort e escape first float forceescape groupby indent"
-    " int items join last length list lower map max min reject rejectattr replace reverse round"
-    " safe select selectattr sort string title trim truncate unique upper"
-).split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FILTERS = _words(
+    "abs attr capitalize count d default dictsort e escape first float forceescape groupby int"
+    " items last length list lower map max min reject rejectattr reverse safe select selectattr"
+    " sort string title truncate unique upper"
+)  # of jinja2's; the environment has more of its own
 METHODS: Mapping[type, frozenset[str]] = {
-    str: frozenset(
+    str: _words(
         "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit"
         " isidentifier islower isnumeric isprintable isspace istitle isupper join lower lstrip"
         " partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split"
-        " splitlines startswith strip swapcase title upper".split()
+        " splitlines startswith strip swapcase title upper"
     ),
-    dict: frozenset("copy get items keys values".split()),
-    list: frozenset("copy count index".split()),
-    tuple: frozenset("count index".split()),
+    dict: _words("copy get items keys values"),
+    list: _words("copy count index"),
+    tuple: _words("count index"),
 }
+# Python takes time in proportion to the text times what is looked for.
+SLOW_METHODS = _words("lstrip rfind rindex rpartition rsplit rstrip strip")
 # Objects of jinja2 whose calls, and whose methods' calls, come back to the template's own code.
 CALLABLE = (
     jinja2.runtime.BlockReference,
@@ -74,7 +77,7 @@ CALLABLE = (
 )
 
 
-def render(source: str, variables: Mapping[str, Any], *, where: str = "chat template") -> str:
+def render(source: str, variables: dict[str, Any], *, where: str = "chat template") -> str:
     """The text that a template makes of plain values (JSON's).
 
     Raises:
@@ -83,9 +86,9 @@ def render(source: str, variables: Mapping[str, Any], *, where: str = "chat temp
     """
     if len(source) > MAX_TEMPLATE:
         raise CorruptFile(f"{where}: has {len(source)} characters, above {MAX_TEMPLATE}")
-    budget = Budget(sum(map(_size, variables.values())))
+    budget = Budget(variables.values())
     try:
-        code = _compile(source, budget)
+        code = _compile(source)
         sandbox = Sandbox(budget)
         template = jinja2.Template.from_code(sandbox, code, dict(sandbox.globals))
         return budget.text(template.root_render_func(template.new_context(variables)))
@@ -103,93 +106,6 @@ def render(source: str, variables: Mapping[str, Any], *, where: str = "chat temp
 
 class _Raised(Exception):
     """`raise_exception` of a template."""
-
-
-class _Beyond(jinja2.TemplateError):
-    """A limit was reached."""
-
-
-class Budget:
-    """What one rendering may still use.
-
-    Args:
-      input_size: characters of all that the template is given.
-    """
-
-    def __init__(self, input_size: int) -> None:
-        self.most = MAX_CHARS + MAX_RATIO * input_size
-        self._left = self.most * MAX_MADE
-        self._deadline = time.monotonic() + MAX_SECONDS
-        # id -> (the container, its size, its depth). The container is kept so that no other can
-        # get its id; they are immutable for a template, so that a size stays true.
-        self._known: dict[int, tuple[Any, int, int]] = {}
-
-    def spend(self, chars: int) -> None:
-        """Account for work or memory, before it happens. Raises where there is too much of it."""
-        self._left -= chars
-        if chars > self.most:
-            raise _Beyond(f"makes a value of more than {self.most} characters")
-        if self._left < 0:
-            raise _Beyond("makes too many values")
-        if time.monotonic() > self._deadline:
-            raise _Beyond(f"runs longer than {MAX_SECONDS:g} s")
-
-    def take(self, value: Any) -> Any:
-        """Account for a value that was just made, and return it."""
-        if isinstance(value, Iterator) and not isinstance(value, CALLABLE):
-            # Some filters are lazy; here nothing is. Like an iterator, what they return is true.
-            value = _Items(self.each(value))
-        self.spend(len(value) if isinstance(value, str) else 1)
-        self.measure(value)
-        return value
-
-    def each(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items, each accounted for."""
-        for item in items:
-            self.spend(ITEM)
-            yield item
-
-    def measure(self, value: Any) -> tuple[int, int]:
-        """Characters that the text of a value takes, about, and how deep lists nest in it."""
-        if isinstance(value, str):
-            return ITEM + len(value), 0
-        if isinstance(value, int) and value.bit_length() > MAX_BITS:
-            raise _Beyond(f"makes an integer of more than {MAX_BITS} bits")
-        if isinstance(value, range):
-            return ITEM + ITEM * len(value), 1
-        if not isinstance(value, (list, tuple, dict)):
-            return ITEM, 0
-        known = self._known.get(id(value))
-        if known is None:
-            items = [*value, *value.values()] if isinstance(value, dict) else value
-            self.spend(ITEM * len(items))
-            inner = [self.measure(item) for item in items]
-            size = ITEM + sum(size for size, _ in inner)
-            depth = 1 + max((depth for _, depth in inner), default=0)
-            if size > self.most or depth > MAX_DEPTH:
-                raise _Beyond("makes a list that is too large or too deep")
-            self._known[id(value)] = known = value, size, depth
-        return known[1:]
-
-    def text(self, pieces: Iterable[str]) -> str:
-        """The pieces in one, once it is known to be small."""
-        held = []
-        total = 0
-        for piece in pieces:
-            total += len(piece)
-            self.spend(ITEM)
-            if total > self.most:
-                raise _Beyond(f"makes a text of more than {self.most} characters")
-            held.append(piece)
-        self.spend(total)
-        return "".join(held)
-
-
-class _Items(list):
-    """What a lazy filter returns."""
-
-    def __bool__(self) -> bool:
-        return True
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -211,6 +127,17 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Generator(jinja2.compiler.CodeGenerator):
+    """Watches the clock while it compiles."""
+
+    environment: Sandbox
+
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        """Compile one part of the tree."""
+        self.environment.budget.spend(0)
+        return super().visit(node, *args, **kwargs)
+
+
 # Names of filters that the rewritten tree calls; no template can spell them.
 TAKE, CONCAT, TICK = "take it", "concat them", "tick"
 
@@ -218,6 +145,7 @@ TAKE, CONCAT, TICK = "take it", "concat them", "tick"
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The environment of one rendering."""
 
+    code_generator_class = _Generator
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def __init__(self, budget: Budget) -> None:
@@ -230,9 +158,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=jinja2.pass_context(lambda _, value: self._to_text(value)),
         )
         self.budget = budget
-        self.concat = budget.text  # of what blocks, macros and `{% set %}` collect
         own = {"join": self._join, "replace": self._replace, "indent": self._indent}
-        own |= {"round": self._round, "tojson": self._to_json}
+        own |= {"round": self._round, "tojson": self._to_json, "trim": self._trim}
         own |= {TAKE: lambda value: value, CONCAT: self._concat, TICK: lambda value: value}
         builtin = {name: jinja2.filters.FILTERS[name] for name in FILTERS}
         self.filters = {name: self._metered(f) for name, f in {**builtin, **own}.items()}
@@ -246,12 +173,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        """Join what a block, a macro or a `{% set %}` collected."""
+        return self.budget.text(pieces)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Run an operator of the template."""
         if operator == "%" and isinstance(left, str):
             raise jinja2.TemplateError("formats with %, which is not supported")
         if operator == "**" and not (abs(left) <= 2**64 and abs(right) <= 16):
-            raise _Beyond("makes a power that is too large")
+            raise Beyond("makes a power that is too large")
         if operator == "*":
             for value, times in (left, right), (right, left):
                 if isinstance(value, (str, list, tuple)) and isinstance(times, int) and times > 0:
@@ -276,6 +207,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 function, args = self._join, (*args, owner)
             elif name == "replace":
                 function, args = self._replace, (owner, *args)
+            elif name in SLOW_METHODS:
+                function, args = _search, (name, function, *args)
         return self.budget.take(super().call(context, function, *args, **kwargs))
 
     def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,26 +226,130 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             return value
         self.budget.spend(self.budget.measure(value)[0])
-        return str(value)
+        text = str(value)
+        self.budget.spend(len(text))
+        return text
 
     def _concat(self, values: Iterable[Any]) -> str:
         return self.budget.text(map(self._to_text, values))
 
-    @jinja2.pass_environment
-    def _join(self, environment: Any, values: Any, separator: Any = "", attribute: Any = None) -> str:
-        raise NotImplementedError
+    def _join(self, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
+        """The filter and the method of this name."""
+        if attribute is not None:
+            value = map(jinja2.filters.make_attrgetter(self, attribute), value)
+        parts = [self._to_text(item) for item in self.budget.each(value)]
+        self.budget.spend(sum(map(len, parts)) + len(d) * len(parts))
+        return str(d).join(parts)
+
+    def _replace(self, s: str, old: str, new: str, count: int | None = None) -> str:
+        """The filter and the method of this name."""
+        s = str(s)
+        times = s.count(old) if count is None or count < 0 else min(s.count(old), count)
+        self.budget.spend(len(s) + times * len(new))
+        return s.replace(old, new, times)
+
+    def _indent(
+        self, s: str, width: int | str = 4, first: bool = False, blank: bool = False
+    ) -> str:
+        size = _width(width)
+        self.budget.spend(len(s) + (1 + len(s.splitlines())) * size)
+        return jinja2.filters.do_indent(s, width, first, blank)
+
+    def _round(self, value: float, precision: int = 0, method: Any = "common") -> float:
+        _width(abs(precision))  # computes a power of ten
+        return jinja2.filters.do_round(value, precision, method)
+
+    def _trim(self, value: str, chars: str | None = None) -> str:
+        return _search("trim", str(value).strip, chars)
 
     def _to_json(
         self,
         value: Any,
         ensure_ascii: bool = False,
         indent: int | str | None = None,
-        separators: Any = None,
+        separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
         """JSON as models saw it in training: without the escapes that web pages need."""
-        self._check_width(indent)
+        _width(indent or 0)
         encoder = json.JSONEncoder(
             ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
         return self.budget.text(encoder.iterencode(value))
+
+
+def _width(width: int | str) -> int:
+    """The columns of an indentation, when they are few."""
+    size = len(width) if isinstance(width, str) else width
+    if size > MAX_WIDTH:
+        raise Beyond(f"asks for a width of more than {MAX_WIDTH}")
+    return size
+
+
+def _search(name: str, method: Callable[..., Any], *args: Any) -> Any:
+    """Call a method whose time is the product of the lengths of a text and of what it looks for."""
+    if any(isinstance(arg, str) and len(arg) > MAX_WIDTH for arg in args):
+        raise Beyond(f"looks with {name} for more than {MAX_WIDTH} characters")
+    return method(*args)
+
+
+def _raise_exception(message: Any) -> None:
+    raise _Raised(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    if len(pattern) > MAX_WIDTH:
+        raise Beyond(f"asks for a date of more than {MAX_WIDTH} characters")
+    return datetime.datetime.now().strftime(pattern)
+
+
+class _Rewrite(jinja2.visitor.NodeTransformer):
+    """Puts rule 1 and rule 3 into the tree of a template, where the environment is not asked."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        """Count the rounds of a loop, those that its condition skips too."""
+        self.generic_visit(node)
+        tick = _filter(nodes.Const(None, lineno=node.lineno), TICK)
+        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
+        if node.test is not None:
+            node.test = _filter(node.test, TICK)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """`~`."""
+        self.generic_visit(node)
+        return _filter(nodes.Tuple(node.nodes, "load", lineno=node.lineno), CONCAT)
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        """A literal."""
+        return _filter(self.generic_visit(node), TAKE)
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        """A literal, or the names that a value is unpacked into."""
+        self.generic_visit(node)
+        return _filter(node, TAKE) if node.ctx == "load" else node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        """A slice makes a new value; a subscript does not."""
+        self.generic_visit(node)
+        return _filter(node, TAKE) if isinstance(node.arg, nodes.Slice) else node
+
+
+def _filter(node: Any, name: str) -> nodes.Filter:
+    """`node | name` in the syntax tree."""
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str) -> types.CodeType:
+    """The Python code of a template; the same for every rendering."""
+    environment = Sandbox(Budget())
+    tree = environment.parse(source)
+    if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+        raise Beyond(f"has more than {MAX_NODES} parts")
+    for node in tree.find_all((nodes.EvalContextModifier, nodes.ScopedEvalContextModifier)):
+        raise jinja2.TemplateSyntaxError("autoescape is not supported", node.lineno)
+    code = environment.compile(_Rewrite().visit(tree), raw=True)
+    return compile(code, "<chat template>", "exec")

@@ -131,6 +131,18 @@ def test_hub_cache_links_to_its_blobs(tmp_path: Path) -> None:
     equal(tmp_path / "link", tensors)
 
 
+def test_hub_cache_links_to_blobs_shared_by_all_its_models(tmp_path: Path) -> None:
+    """The layout of huggingface_hub 2.4: a snapshot links to a blob that links to the shared one."""
+    tensors = {"w": np.ones((9, 3), np.float32)}
+    repo = tmp_path / "models--org--name"
+    for folder in (tmp_path / "blobs" / "ab", repo / "blobs", repo / "snapshots" / "1"):
+        folder.mkdir(parents=True)
+    save_file(tensors, tmp_path / "blobs" / "ab" / "hash")
+    (repo / "blobs" / "etag").symlink_to("../../blobs/ab/hash")
+    (repo / "snapshots" / "1" / SINGLE).symlink_to("../../blobs/etag")
+    equal(repo / "snapshots" / "1", tensors)
+
+
 def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     tensors = {"w": np.ones((9, 4), np.float32)}

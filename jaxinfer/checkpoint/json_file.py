@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.source import corrupt, label, one_line, regular_file_size, unreadable
-from jaxinfer.errors import CorruptFile, ModelNotFound
+from jaxinfer.errors import ModelNotFound
 
 MAX_BYTES = 64 << 20  # a config has kilobytes, the index of a very large model a few megabytes
 
@@ -42,8 +42,6 @@ def parse_json(path: Path, raw: bytes, what: str) -> dict[str, Any]:
         value = json.loads(raw.decode(), object_pairs_hook=unique)
     except RecursionError:
         raise corrupt(path, f"{what} is nested too deeply") from None
-    except CorruptFile:
-        raise
     except ValueError as error:  # JSON or UTF-8
         raise corrupt(path, f"{what} is not JSON: {one_line(error, 90)}") from None
     if not isinstance(value, dict):

@@ -8,9 +8,7 @@ names, shapes numpy cannot hold. An index is ours to distrust from the first byt
 
 from __future__ import annotations
 
-import collections
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -21,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxinfer.checkpoint.json_file import parse_json
 from jaxinfer.checkpoint.source import (
     Extent,
     corrupt,
@@ -138,7 +137,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     size = regular_file_size(file)
     if size > MAX_JSON:
         raise corrupt(file, f"is {size} bytes long, above {MAX_JSON}")
-    index = _parse(file, _read(file, 0, size), "the index")
+    index = parse_json(file, _read(file, 0, size), "the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise corrupt(file, "weight_map is missing, empty or not an object")
@@ -153,8 +152,8 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
 def _inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused when it is missing or its links lead out of the folder.
 
-    A hub cache keeps models--org--name/snapshots/REV/file as a link to ../../blobs/HASH: links
-    from such a snapshot to its blobs are allowed.
+    A hub cache keeps models--org--name/snapshots/REV/file as a link to ../../blobs/HASH, which may
+    itself be a link to the blobs that all of its models share: both are allowed.
     """
     if name in ("", ".", "..") or any(c in "/\\:\0" for c in name):
         raise corrupt(folder / INDEX, f"shard '{one_line(name)}' is not a plain file name")
@@ -168,7 +167,7 @@ def _inside(folder: Path, name: str) -> Path:
     allowed = [home]
     for parent in home.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            allowed.append(parent.parent / "blobs")
+            allowed += [parent.parent / "blobs", parent.parent.parent / "blobs"]
     if not any(target.is_relative_to(place) for place in allowed):
         raise corrupt(folder, f"{one_line(name)} is a link that leads out of the folder")
     return path
@@ -184,28 +183,6 @@ def _read(path: Path, offset: int, count: int) -> bytes:
         raise unreadable(path, error) from None
 
 
-def _parse(path: Path, raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no name appears twice, at any depth."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            names = collections.Counter(name for name, _ in pairs)
-            twice = names.most_common(1)[0][0]
-            raise corrupt(path, f"{what} holds {one_line(twice)} twice")
-        return out
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except RecursionError:
-        raise corrupt(path, f"{what} is nested too deeply") from None
-    except ValueError as error:  # JSON or UTF-8
-        raise corrupt(path, f"{what} is not JSON: {one_line(error, 90)}") from None
-    if not isinstance(value, dict):
-        raise corrupt(path, f"{what} is not a JSON object")
-    return value
-
-
 def _header(path: Path) -> dict[str, tuple[str, Extent]]:
     """Type and extent of every tensor in one file."""
     size = regular_file_size(path)
@@ -217,7 +194,7 @@ def _header(path: Path) -> dict[str, tuple[str, Extent]]:
     if length > most:
         raise corrupt(path, f"the header claims {length} bytes, but can have {most} at most")
     _judge(path)
-    header = _parse(path, _read(path, 8, length), "the header")
+    header = parse_json(path, _read(path, 8, length), "the header")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise corrupt(path, f"holds {len(header)} tensors, above {MAX_TENSORS}")

@@ -19,8 +19,10 @@ MAX_VOCAB = 1 << 22  # ids; the largest vocabulary of a supported family has 262
 # Control tokens with these texts end an answer, whether or not the files name them as such: chat
 # models leave their turn with one of them, and many files name only the end of a document.
 END_TOKENS = frozenset(
-    "<|im_end|> <|eot_id|> <|eom_id|> <end_of_turn> <|end|> <|end_of_turn|>"
-    " <|endoftext|> <|end_of_text|> <EOT>".split()
+    {
+        *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>"),
+        *("<|endoftext|>", "<|end_of_text|>", "<EOT>"),
+    }
 )
 # Ends of a document, for files that name no end token at all.
 DOCUMENT_ENDS = ("</s>", "<eos>")

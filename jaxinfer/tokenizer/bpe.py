@@ -22,7 +22,17 @@ from jaxinfer.tokenizer.base import MAX_VOCAB, Settings, Tokenizer, find_eos_ids
 MAX_STEPS = 8  # of a normalizer, or of a pre-tokenizer; each may at most double a text
 MAX_GROWTH = 64  # how many times longer a normalizer may make a text
 MAX_AROUND = 64  # tokens that a post-processor puts around a text
-NORMALIZERS = frozenset("NFC NFD NFKC NFKD Lowercase Strip StripAccents Prepend Replace".split())
+NORMALIZERS = (
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Lowercase",
+    "Strip",
+    "StripAccents",
+    "Prepend",
+    "Replace",
+)
 
 # Byte-level BPE spells each byte as one printable character (the GPT-2 alphabet): bytes that are
 # printable in Latin-1 as themselves, the others, in order, as the characters from U+0100 on.
@@ -85,7 +95,7 @@ def bpe_tokenizer(
             if adds_bos is None:
                 return backend.encode(text, add_special_tokens=add_special).ids
             ids = backend.encode(text, add_special_tokens=False).ids
-        return [bos_id, *ids] if adds_bos and add_special else ids
+        return [bos_id, *ids] if adds_bos and add_special and bos_id is not None else ids
 
     def to_bytes(token_id: int) -> bytes:
         token = backend.id_to_token(token_id) or ""
@@ -96,7 +106,7 @@ def bpe_tokenizer(
         bos_id=bos_id,
         eos_ids=eos_ids,
         adds_bos=bos_id is not None and (around[:1] == [bos_id] if adds_bos is None else adds_bos),
-        bos_token="" if bos_id is None else backend.id_to_token(bos_id),
+        bos_token="" if bos_id is None else backend.id_to_token(bos_id) or "",
         eos_token=backend.id_to_token(eos_ids[0]) or "" if eos_ids else "",
         chat_template=settings.chat_template,
         special_ids=frozenset(special.values()),

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from jaxinfer.checkpoint.fields import REQUIRED, Fields
 from jaxinfer.checkpoint.source import one_line
-from jaxinfer.errors import CorruptFile, UnsupportedModel
+from jaxinfer.errors import CorruptFile
 from jaxinfer.tokenizer import spm
 from jaxinfer.tokenizer.base import MAX_VOCAB, Added, Settings, Tokenizer
 from jaxinfer.tokenizer.bpe import bpe_tokenizer

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 import sentencepiece
 from google.protobuf.message import DecodeError
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from jaxinfer.checkpoint.source import one_line
 from jaxinfer.errors import CorruptFile
@@ -37,7 +37,7 @@ def build_model(
       types: V of the numbers above, exactly one of them UNKNOWN.
       space_prefix: put a space in front of a text.
     """
-    message = sentencepiece_model_pb2.ModelProto()
+    message = ModelProto()
     message.trainer_spec.model_type = message.trainer_spec.BPE
     message.trainer_spec.vocab_size = len(pieces)
     message.trainer_spec.byte_fallback = BYTE in types
@@ -66,7 +66,7 @@ def spm_tokenizer(raw: bytes, settings: Settings, *, where: str) -> Tokenizer:
     Raises CorruptFile, naming `where`.
     """
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(raw)
+        model = ModelProto.FromString(raw)
     except DecodeError:
         raise CorruptFile(f"{where}: is no SentencePiece model") from None
     if not 0 < len(model.pieces) <= MAX_VOCAB:
@@ -136,7 +136,7 @@ def spm_tokenizer(raw: bytes, settings: Settings, *, where: str) -> Tokenizer:
     )
 
 
-def _add(model: sentencepiece_model_pb2.ModelProto, added: Mapping[int, Added], where: str) -> None:
+def _add(model: ModelProto, added: Mapping[int, Added], where: str) -> None:
     """Write tokens that the model does not have into it."""
     for token_id, token in sorted(added.items()):
         if token_id > len(model.pieces):
