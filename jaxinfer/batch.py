@@ -15,7 +15,8 @@ from jaxinfer import cache, memory, sharding, steps
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params
 from jaxinfer.outputs import TokenLogprob
-from jaxinfer.sampling import MAX_LOGPROBS, SamplingParams, sampling_rows
+from jaxinfer.requests import Request
+from jaxinfer.sampling import MAX_LOGPROBS, sampling_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Model:
 
     @property
     def devices(self) -> list[jax.Device]:
+        """Where the weights lie."""
         return sorted(jax.tree.leaves(self.params)[0].devices(), key=lambda d: d.id)
 
     def new_cache(self, batch: int, capacity: int) -> cache.KVCache:
@@ -47,18 +49,6 @@ class Model:
         """Batch size that holds `count` rows: a power of two, and a multiple of the data axis."""
         data = self.mesh.shape["data"] if self.mesh else 1
         return data * (1 << (-(-count // data) - 1).bit_length())
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One row."""
-
-    prompt: Sequence[int]  # at least one token
-    params: SamplingParams
-    seed: int
-    sample: int  # tells apart rows that share a seed
-    stop_ids: Sequence[int]  # end tokens and stop_token_ids
-    limit: int  # most tokens in all, prompt included
 
 
 class Batch:
@@ -107,6 +97,7 @@ class Batch:
 
     @property
     def finished(self) -> bool:
+        """Whether every row has ended."""
         return bool(self._done.all())
 
     def prefill(self) -> None:

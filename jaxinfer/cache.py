@@ -46,11 +46,13 @@ class KVCache:
     lengths: jax.Array  # [B] int32, tokens held
 
     @property
-    def capacity(self) -> int:  # S
+    def capacity(self) -> int:
+        """S, slots a row."""
         return self.layers[0].k.shape[2]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all keys and values."""
         return sum(x.nbytes for x in jax.tree.leaves(self.layers))
 
     def rewind(self, num: jax.Array) -> KVCache:

@@ -2,7 +2,8 @@
 
 It says everything that changes the maths and nothing else, so it can be a static argument of a
 jitted step. `jaxinfer/checkpoint/` translates config.json and GGUF metadata into it.
-Letters: D model width, F hidden width, N query heads, K key/value heads, H head width, V vocabulary.
+Letters: D model width, F hidden width, N query heads, K key/value heads, H head width, V
+vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     pre_norm: bool = True  # RMS norm in front of attention and MLP
     post_norm: bool = False  # RMS norm behind each of them, before the residual sum
-    qk_norm: Literal["none", "head", "full"] = (
-        "none"  # over H a head, or over all N*H (K*H) channels
-    )
+    qk_norm: Literal["none", "head", "full"] = "none"  # over H, or all N*H (K*H) channels
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention output projection
     mlp_bias: bool = False
@@ -72,7 +71,8 @@ class ModelConfig:
     tied: bool = True  # the head is the embedding table
 
     @property
-    def num_layers(self) -> int:  # L
+    def num_layers(self) -> int:
+        """L."""
         return len(self.layers)
 
     def size(self, axis: str) -> int:

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message is one line that says what to do; the command line exits with code 2."""
+"""Errors a user can act on: each message is one line; the command line exits with code 2."""
 
 
 class JaxinferError(Exception):
@@ -18,7 +18,7 @@ class UnsupportedModel(JaxinferError):
 
 
 class CorruptFile(JaxinferError):
-    """A checkpoint, tokenizer or template is malformed; names the file, the field and what was wrong."""
+    """A checkpoint, tokenizer or template is malformed; names the file, the field and the fault."""
 
 
 class PromptTooLong(InvalidArgument):

@@ -6,8 +6,6 @@ Text exists in this file only; everything below sees token ids. Read on in `batc
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import steps
-from jaxinfer.batch import Batch, Model, Request
+from jaxinfer.batch import Batch, Model
 from jaxinfer.chat import encode_chat
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
-from jaxinfer.outputs import ForwardOutput, GenerationOutput, Piece, Stats
+from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece, Stats
+from jaxinfer.requests import Request, make_requests
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ STEPS_PER_LOOK_STOP = 8  # with stop strings: at most this many tokens are made 
 
 Prompt = str | Sequence[int]  # text or token ids
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+OneOrEach = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
 
 
 def load(
@@ -41,6 +41,7 @@ def load(
     *,
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
+    drafter: None = None,
     max_len: int | None = None,
     max_batch: int = 32,
     cache_dir: str | Path | None = None,
@@ -53,6 +54,7 @@ def load(
       dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: float32 on
         CPU, bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
+      drafter: None, plain decoding; there is no speculation yet.
       max_len: context in tokens; None: the model's own.
       max_batch: most rows that run at once; more prompts run in turns.
       cache_dir: where downloads and compiled programs are kept; None: JAXINFER_CACHE, else
@@ -61,6 +63,8 @@ def load(
     Raises:
       JaxinferError: ModelNotFound, UnsupportedModel, CorruptFile, OutOfMemory or InvalidArgument.
     """
+    if drafter is not None:
+        raise InvalidArgument(f"drafter={drafter!r}: this version decodes plainly; leave it out")
     from jaxinfer.checkpoint import hub
     from jaxinfer.checkpoint.load import load_checkpoint
 
@@ -146,7 +150,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: OneOrEach = None,
         **overrides: Any,
     ) -> Any:
         """Continue prompts.
@@ -180,13 +184,13 @@ class LLM:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: OneOrEach = None,
         **overrides: Any,
     ) -> Iterator[Piece]:
         """`generate`, a piece of text at a time.
 
         Yields:
-          `Piece`, a str whose `index` tells the row; for one prompt they join to the whole text.
+          `Piece`, a str whose `row` tells the row; for one prompt they join to the whole text.
           Every row ends with a piece that has a `finish_reason`.
         """
         ids, _ = self._token_ids(prompts)
@@ -198,13 +202,13 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: OneOrEach = None,
         **overrides: Any,
     ) -> Any:
         """Answer a conversation, or each of a list of them; returns as `generate` does."""
         return self.generate(self.chat_ids(messages), params, **overrides)
 
-    def chat_ids(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Any:
+    def chat_ids(self, messages: Any) -> Any:
         """Token ids of a conversation (or of each) behind the model's chat template."""
         if not messages:
             raise InvalidArgument("an empty conversation: give at least one message")
@@ -215,7 +219,7 @@ class LLM:
     def _run(
         self, rows: Sequence[Request], *, streaming: bool
     ) -> Iterator[tuple[int, Piece | GenerationOutput]]:
-        """Run rows together; yields (row, Piece) as text comes and (row, GenerationOutput) at its end."""
+        """Run rows together: (row, Piece) as text comes, (row, GenerationOutput) at its end."""
         batch = Batch(self.model, rows)
         writers = [TextWriter(self.tokenizer.stream(), r.params.stop) for r in rows]
         running = set(range(len(rows)))
@@ -314,8 +318,6 @@ class LLM:
         states = {i: hidden[i % count][:, :longest] for i in wanted}
         return ForwardOutput(logits[:, :longest], lengths, states)
 
-    # ---------------------------------------------------------------- requests
-
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Ids of each prompt, and whether there was one prompt instead of a list."""
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
@@ -331,61 +333,33 @@ class LLM:
             return self.tokenizer.encode(prompt)
         for i in prompt:
             if isinstance(i, bool) or not isinstance(i, int | np.integer):
-                raise InvalidArgument(
-                    f"a prompt is text or a list of token ids, not {type(i).__name__}"
-                )
+                kind = type(i).__name__
+                raise InvalidArgument(f"a prompt is text or a list of token ids, not of {kind}")
             if not 0 <= i < self.config.vocab_size:
                 raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
         return [int(i) for i in prompt]
 
     def _requests(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        overrides: Mapping[str, Any],
+        self, prompts: list[list[int]], params: OneOrEach, overrides: Mapping[str, Any]
     ) -> list[Request]:
-        shared = params is None or isinstance(params, SamplingParams)
-        each = [params or self.default_params] * len(prompts) if shared else list(params)
-        if len(each) != len(prompts):
-            raise InvalidArgument(
-                f"{len(each)} params for {len(prompts)} prompts: one for all, or one each"
-            )
-        unknown = set(overrides) - {f.name for f in dataclasses.fields(SamplingParams)}
-        if unknown:
-            raise InvalidArgument(f"SamplingParams has no field {', '.join(sorted(unknown))}")
-        requests: list[Request] = []
-        seed = None
-        for i, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
-            p = dataclasses.replace(given, **overrides)
-            self._check(prompt, p)
-            if seed is None or not shared:
-                seed = secrets.randbits(32) if p.seed is None else p.seed
-            stop_ids = {*p.stop_token_ids, *(() if p.ignore_eos else self.eos_ids)}
-            limit = min(len(prompt) + p.max_tokens, self.max_len)
-            first = i * p.n if shared else 0
-            requests += [
-                Request(prompt, p, seed, first + j, sorted(stop_ids), limit) for j in range(p.n)
-            ]
-        return requests
-
-    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if len(prompt) >= self.max_len:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens; the context has {self.max_len} and one must be left"
-            )
-        for i in [*params.stop_token_ids, *(params.logit_bias or {})]:
-            if i >= self.config.vocab_size:
-                raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
+        return make_requests(
+            prompts,
+            self.default_params if params is None else params,
+            overrides,
+            eos_ids=self.eos_ids,
+            max_len=self.max_len,
+            vocab_size=self.config.vocab_size,
+        )
 
 
-def _finish_reason(request: Request, writer: TextWriter) -> str | None:
+def _finish_reason(request: Request, writer: TextWriter) -> FinishReason | None:
     ids = writer.token_ids
     if writer.stopped or (ids and ids[-1] in request.stop_ids):
         return "stop"
     return "length" if len(request.prompt) + len(ids) >= request.limit else None
 
 
-def _output(batch: Batch, row: int, writer: TextWriter, reason: str) -> GenerationOutput:
+def _output(batch: Batch, row: int, writer: TextWriter, reason: FinishReason) -> GenerationOutput:
     count = len(writer.token_ids)
     stats = Stats(
         prompt_tokens=len(batch.requests[row].prompt),

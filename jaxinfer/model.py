@@ -5,7 +5,8 @@
 
 prefill is T = a bucket of the prompt, decode T = 1, verify T = draft + 1: nothing else tells them
 apart. A parameter is declared once, by its letters: shape, sharding and init follow from them.
-Letters: B batch, T new tokens, S slots, D width, F hidden, N query heads, K kv heads, H head width, V vocabulary.
+Letters: B batch, T new tokens, S slots, D width, F hidden, N query heads, K kv heads, H head width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def project(w: jax.Array, x: jax.Array, num_in: int = 1) -> jax.Array:
     """w [*out, *in] times x [B,T,*in] -> [B,T,*out] float32.
 
-    The weight stands first and its rows are outputs: that is the file's own layout, and the one form
-    that XLA:CPU runs at memory bandwidth for one row and for many, in float32 and in bfloat16.
+    The weight stands first and its rows are outputs: that is the file's own layout, and the form
+    that XLA:CPU runs at memory bandwidth from one row to many (two to many in bfloat16).
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (tuple(range(w.ndim - num_in, w.ndim)), tuple(range(x.ndim - num_in, x.ndim)))
@@ -175,12 +176,12 @@ class Transformer(nn.Module):
         start = cache.lengths
         positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
         # Layers that share a rope share its tables.
-        ropes = {layer.rope: None for layer in c.layers if layer.rope is not None}
-        ropes = {rope: rotary.tables(rope, positions) for rope in ropes}
+        ropes = {layer.rope for layer in c.layers if layer.rope is not None}
+        turns: dict[Any, Any] = {rope: rotary.tables(rope, positions) for rope in ropes}
         x = self.embed(tokens)
         layers = []
         for block, layer, kv in zip(self.blocks, c.layers, cache.layers, strict=True):
-            x, kv = block(x, layer.rope and ropes[layer.rope], start, num_new, kv)
+            x, kv = block(x, turns.get(layer.rope), start, num_new, kv)
             layers.append(kv)
         return self.final_norm(x), KVCache(tuple(layers), start + num_new)
 
@@ -227,7 +228,8 @@ def forward(
     Returns:
       hidden [B,T,D] behind the final norm, and the cache with lengths + num_new.
     """
-    return Transformer(config).apply({"params": params}, tokens, num_new, cache)
+    out: Any = Transformer(config).apply({"params": params}, tokens, num_new, cache)
+    return out
 
 
 def forward_with_states(
@@ -249,7 +251,8 @@ def forward_with_states(
 
 def head(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits [B,T,V] float32 of hidden [B,T,D]; call it only for positions that somebody needs."""
-    return Transformer(config).apply({"params": params}, hidden, method="head")
+    logits: Any = Transformer(config).apply({"params": params}, hidden, method="head")
+    return logits
 
 
 class ParamSpec(NamedTuple):
@@ -271,7 +274,7 @@ def param_specs(config: ModelConfig) -> Any:
         return Transformer(config).init(jax.random.key(0), one[None], one, cache, method=both)
 
     def spec(box: nn.Partitioned) -> ParamSpec:
-        return ParamSpec(box.value.shape, "".join(box.names))
+        return ParamSpec(box.value.shape, "".join(map(str, box.names)))
 
     boxes = jax.eval_shape(init)["params"]
     return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))

@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts in tokens, times in seconds of wall clock; times are those of the row's whole batch."""
+    """Counts in tokens, wall-clock times in seconds; times are those of the row's whole batch."""
 
     prompt_tokens: int
     new_tokens: int
@@ -44,15 +44,16 @@ class GenerationOutput:
 class Piece(str):
     """A piece of streamed text: a `str`, so that "".join(pieces) is the whole, with its origin."""
 
-    index: int  # which row: of the prompts in order, n samples each
+    row: int  # of the prompts in order, n samples each
     token_ids: list[int]  # tokens committed since the last piece of this row
     finish_reason: FinishReason | None  # set on the last piece of a row
 
     def __new__(
-        cls, text: str, index: int, token_ids: list[int], finish_reason: FinishReason | None
+        cls, text: str, row: int, token_ids: list[int], finish_reason: FinishReason | None
     ) -> Piece:
+        """A piece of row `row`."""
         piece = super().__new__(cls, text)
-        piece.index, piece.token_ids, piece.finish_reason = index, token_ids, finish_reason
+        piece.row, piece.token_ids, piece.finish_reason = row, token_ids, finish_reason
         return piece
 
 

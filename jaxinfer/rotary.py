@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) and its long-context scalings, on paired halves of H."""
+"""Rotary position embedding (arXiv 2104.09864) on paired halves of H, and its scalings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def frequencies(rope: Rope) -> np.ndarray:
     """Angle in radians by which each channel pair turns a token: [dim/2] float32.
 
     Scalings: linear (arXiv 2306.15595) divides all of them; llama3 (Llama 3.1 model card) divides
-    the slow ones and blends between; yarn (arXiv 2309.00071) does so by a linear ramp over channels;
+    the slow ones and blends between; yarn (arXiv 2309.00071) does so by a ramp over channels;
     "factors" divides by the numbers that the checkpoint carries.
     """
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
-    freq = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    freq: np.ndarray = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     if rope.scaling == "linear":
         freq = freq / np.float32(rope.factor)
     elif rope.scaling == "llama3":

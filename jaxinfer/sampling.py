@@ -32,7 +32,7 @@ STREAM_SAMPLE = 0  # random stream of plain sampling; speculation has streams of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to continue a prompt. Every field is checked when the object is made (InvalidArgument)."""
+    """How to continue a prompt. Fields are checked when the object is made (InvalidArgument)."""
 
     max_tokens: int = 256  # at most this many new tokens
     min_tokens: int = 0  # no end of sequence before this many
@@ -135,7 +135,7 @@ def sampling_rows(
     stop_ids: Sequence[Sequence[int]],
     vocab_limit: int,
 ) -> SamplingRows:
-    """Arrays for B rows; `samples`, `seeds` and `stop_ids` (end tokens included) are a row's own."""
+    """Arrays for B rows; `samples`, `seeds` and `stop_ids` (end tokens too) are a row's own."""
 
     def column(dtype: type, get: Callable[[SamplingParams], float]) -> jax.Array:
         return jnp.asarray(np.array([get(p) for p in params], dtype))
@@ -263,7 +263,7 @@ def _largest_threshold(order: jax.Array, weight: jax.Array, need: jax.Array) -> 
     """Largest t [B,1] such that the weight of {order >= t} is at least `need` [B], never empty."""
     top = order.max(-1, keepdims=True)
 
-    def bit(i: int, t: jax.Array) -> jax.Array:
+    def bit(i: jax.Array, t: jax.Array) -> jax.Array:
         raised = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
         enough = jnp.where(order >= raised, weight, 0.0).sum(-1, keepdims=True) >= need[:, None]
         return jnp.where(enough, raised, t)
@@ -275,8 +275,8 @@ def _largest_threshold(order: jax.Array, weight: jax.Array, need: jax.Array) -> 
 def choose(scores: jax.Array, rows: SamplingRows, position: jax.Array, stream: int) -> jax.Array:
     """Draw a token id [B] i32 from scores [B,V]: the largest, or by the Gumbel-max trick.
 
-    Noise depends on (seed, sample, absolute position, stream) only: not on the neighbours, the batch
-    or how many tokens were tried before.
+    Noise depends on (seed, sample, absolute position, stream) only: not on the neighbours, the
+    batch or how many tokens were tried before.
     """
 
     def noisy(scores: jax.Array) -> jax.Array:

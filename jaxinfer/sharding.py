@@ -20,7 +20,7 @@ def make_mesh(model: int = 1, data: int = 1, devices: Sequence[jax.Device] | Non
     devices = list(jax.devices() if devices is None else devices)
     if model < 1 or data < 1 or model * data > len(devices):
         raise InvalidArgument(
-            f"mesh data={data} x model={model} needs {model * data} devices; there are {len(devices)}"
+            f"mesh data={data} x model={model} needs {model * data} devices, not {len(devices)}"
         )
     grid = np.array(devices[: model * data]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -38,6 +38,6 @@ def check_divisible(config: ModelConfig, mesh: Mesh, rules: Mapping[str, str] = 
         if config.size(axis) % devices:
             fits = [n for n in range(1, 65) if not any(config.size(a) % n for a in "VFNK")]
             raise InvalidArgument(
-                f"axis {axis} of length {config.size(axis)} does not divide over {devices} devices; "
-                f"sizes of 'model' that work: {', '.join(map(str, fits))}"
+                f"axis {axis} of length {config.size(axis)} does not divide over {devices} devices;"
+                f" sizes of 'model' that work: {', '.join(map(str, fits))}"
             )

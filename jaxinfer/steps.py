@@ -1,8 +1,8 @@
 """The jitted steps: prefill, decode, score; with their state, shape buckets and compile counting.
 
 Invariant: the cache holds every committed token except the last one. So prefill feeds all of the
-prompt but its last token and needs no logits, and a decode step feeds the last token and commits the
-next. Shapes come in few sizes (`bucket`), so that a second prompt compiles nothing.
+prompt but its last token and needs no logits, and a decode step feeds the last token and commits
+the next. Shapes come in few sizes (`bucket`), so that a second prompt compiles nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class State:
 
     @property
     def history(self) -> History:
+        """What stands before the next token."""
         return History(self.tokens, self.num_tokens, self.prompt)
 
     def grow(self, capacity: int) -> State:
@@ -104,7 +105,7 @@ def decode(
     config: ModelConfig,
     width: int,
 ) -> State:
-    """Commit up to `max_steps` tokens a row, in one compiled loop; a row that is done stays as it is.
+    """Commit up to `max_steps` tokens a row, in one compiled loop; a done row stays as it is.
 
     `width` is how many columns are fed, of which the first is the token: 1, but 2 where one row
     alone is the backend's slow path.
@@ -192,8 +193,8 @@ def grow(state: State, *, capacity: int) -> State:
 
 
 def enable_compile_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder` from one process to the next, unless the user chose one."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keep compiled programs in `folder` across processes, unless the user chose a folder."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Many small programs make up a first token; each is worth keeping.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -204,7 +205,7 @@ def count_compilations() -> Iterator[list[str]]:
     """A list that gains an entry for every program compiled inside the `with` block."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **kwargs: object) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(str(kwargs.get("fun_name", "?")))
 

@@ -39,8 +39,8 @@ from jaxinfer.checkpoint.source import one_line
 from jaxinfer.errors import CorruptFile, InvalidArgument
 from jaxinfer.template_budget import Beyond, Budget
 
-MAX_TEMPLATE = 100_000  # characters; the longest in use have about a third
-MAX_NODES = 50_000  # of its syntax tree
+MAX_TEMPLATE = 1 << 16  # characters; the longest in use have about half
+MAX_NODES = 20_000  # of its syntax tree
 MAX_WIDTH = 64  # of an indentation, and of what a slow method looks for
 
 
@@ -173,7 +173,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "strftime_now": _strftime_now,
         }
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         """Join what a block, a macro or a `{% set %}` collected."""
         return self.budget.text(pieces)
 
@@ -186,7 +186,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "*":
             for value, times in (left, right), (right, left):
                 if isinstance(value, (str, list, tuple)) and isinstance(times, int) and times > 0:
-                    self.budget.spend(self.budget.measure(value)[0] * times)
+                    self.budget.spend(self.budget.size(value) * times)
         return self.budget.take(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -225,7 +225,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """The text of an expression that is printed."""
         if isinstance(value, str):
             return value
-        self.budget.spend(self.budget.measure(value)[0])
+        self.budget.spend(self.budget.size(value))
         text = str(value)
         self.budget.spend(len(text))
         return text

@@ -1,4 +1,4 @@
-"""`Budget`: how much a stranger's template may compute; see `jaxinfer.template` for the whole idea."""
+"""`Budget`: how much a stranger's template may compute; `jaxinfer.template` has the whole idea."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Budget:
             value = _Items(self.each(value))
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise Beyond(f"makes an integer of more than {MAX_BITS} bits")
-        self.spend(len(value) if isinstance(value, str) else 1)
-        self.measure(value)
+        size = self.size(value)
+        self.spend(size if isinstance(value, str) else 1)
         return value
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -64,8 +64,12 @@ class Budget:
             self.spend(ITEM)
             yield item
 
+    def size(self, value: Any) -> int:
+        """Characters of the value's text, about."""
+        return len(value) if isinstance(value, str) else self.measure(value)[0]
+
     def measure(self, value: Any) -> tuple[int, int]:
-        """Characters that the text of a value takes, about, and how deep lists nest in it."""
+        """What a value takes as an item of a list, in characters, and how deep lists nest in it."""
         if isinstance(value, str):
             return ITEM + len(value), 0
         if isinstance(value, range):

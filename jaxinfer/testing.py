@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,48 +11,35 @@ import jax.numpy as jnp
 from jaxinfer.config import LayerConfig, ModelConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.model import init_params
+from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.tokenizer.base import Settings
 
 
-class TinyDetokenizer:
-    """One token, one character: nothing is ever held back."""
+def tiny_tokenizer(vocab_size: int = 64) -> Tokenizer:
+    """Id i is one character: that of code point 33 + i. Id 0 ends a sequence and has no text."""
 
-    def __init__(self, tokenizer: TinyTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def spell(token: int) -> str:
+        point = 33 + token
+        return chr(point if point < 0xD800 else point + 0x800)  # there are no characters between
 
-    def push(self, token: int) -> str:
-        return self._tokenizer.decode([token])
-
-    def finish(self) -> str:
-        return ""
-
-
-class TinyTokenizer:
-    """Id i is the character of code point 33 + i; id 0 ends a sequence."""
-
-    bos_id: int | None = None
-    adds_bos = False
-    bos_token = eos_token = ""
-    chat_template: str | None = None
-    eos_ids: tuple[int, ...] = (0,)
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Ids of a text; characters beyond the vocabulary wrap around."""
-        return [(ord(c) - 33) % self.vocab_size for c in text]
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of ids."""
-        return "".join(chr(33 + i) for i in ids if not (skip_special and i in self.eos_ids))
-
-    def id_to_token(self, token: int) -> str:
-        """Text of one id."""
-        return chr(33 + token)
-
-    def stream(self, *, skip_special: bool = True) -> TinyDetokenizer:
-        """An incremental decoder."""
-        return TinyDetokenizer(self)
+    ids = {spell(i): i for i in range(vocab_size)}
+    return Tokenizer(
+        vocab_size=vocab_size,
+        bos_id=None,
+        eos_ids=(0,),
+        adds_bos=False,
+        bos_token="",
+        eos_token=spell(0),
+        chat_template=None,
+        special_ids=frozenset({0}),
+        strips_space=False,
+        # Characters beyond the vocabulary wrap around.
+        encode_text=lambda text, _: [ids.get(c, (ord(c) - 33) % vocab_size) for c in text],
+        token_text=spell,
+        token_bytes=lambda token: spell(token).encode(),
+        settings=Settings(),
+        model_file=lambda: ("tiny", b""),
+    )
 
 
 def tiny_config(vocab_size: int = 64, **fields: Any) -> ModelConfig:
@@ -86,5 +72,5 @@ def tiny_llm(
     # A standard deviation at which the next token depends on the context and is not yet certain.
     params = init_params(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     return LLM(
-        params, config, TinyTokenizer(vocab_size), dtype=jnp.dtype(dtype), max_batch=max_batch
+        params, config, tiny_tokenizer(vocab_size), dtype=jnp.dtype(dtype), max_batch=max_batch
     )

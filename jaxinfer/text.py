@@ -9,9 +9,13 @@ from typing import Protocol
 class Detokenizer(Protocol):
     """Turns ids into text as they come; see `Tokenizer.stream`."""
 
-    def push(self, token: int) -> str: ...
+    def push(self, token: int) -> str:
+        """New text; never half a character."""
+        ...
 
-    def finish(self) -> str: ...
+    def finish(self) -> str:
+        """What was held back."""
+        ...
 
 
 class TextWriter:

@@ -1,4 +1,4 @@
-"""Attention kernels for JAX. Imports jax only; each op is a folder: api, reference, one file a backend."""
+"""Attention kernels for JAX. Imports jax only; an op is a folder: api, reference, backends."""
 
 from pallas_kernels.cached_attention.api import UnsupportedError, cached_attention
 

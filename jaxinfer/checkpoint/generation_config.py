@@ -1,4 +1,4 @@
-"""generation_config.json: the sampling parameters a model's authors recommend, and its end tokens."""
+"""generation_config.json: the sampling parameters that a model's authors recommend; end tokens."""
 
 from __future__ import annotations
 

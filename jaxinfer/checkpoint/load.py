@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import check_divisible, sharding
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
+READERS = 2  # tensors read at once; each holds a few megabytes beside its result
 NARROW = ("scale", "bias")  # vectors: always float32, they weigh nothing and norms need the bits
 
 
@@ -67,9 +69,7 @@ def _load_gguf(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
     if "rope_freqs.weight" in file.shapes:
         count = file.shapes["rope_freqs.weight"][0]
         factors = file.read("rope_freqs.weight", 0, count, np.dtype(np.float32)).tolist()
-    config = config_from_gguf(
-        file.metadata, file.shapes, where=path.name, rope_factors=factors
-    )
+    config = config_from_gguf(file.metadata, file.shapes, where=path.name, rope_factors=factors)
     pieces = names.gguf_pieces(config, file.metadata["general.architecture"])
     names.check(config, pieces, file.shapes, path.name)
     tokenizer = tokenizer_from_gguf(file.metadata)
@@ -82,7 +82,7 @@ def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkp
     description = read_json(folder / "config.json")
     config = config_from_hf(description, where="config.json")
     files = SafetensorsFiles(path)
-    pieces = names.hf_pieces(config, names.hf_prefix(files.shapes))
+    pieces = names.hf_pieces(config, names.hf_prefix(files.shapes, where=path.name))
     names.check(config, pieces, files.shapes, path.name)
     if config.tied:
         parameters.check_tied_head(files, pieces["embed/table"])
@@ -129,9 +129,7 @@ def placement(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
     return sharding(spec.axes, mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
 
 
-def require_memory(
-    specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None
-) -> None:
+def require_memory(specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None) -> None:
     """Raise OutOfMemory unless the weights fit."""
     needed = sum(math.prod(s.shape) * leaf_dtype(p, dtype).itemsize for p, s in specs.items())
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
@@ -146,17 +144,25 @@ def read_params(
     dtype: jnp.dtype,
     mesh: Mesh | None,
 ) -> Params:
-    """Read every parameter and put it on its devices, one after the other."""
+    """Read every parameter and put it on its devices, a few at a time."""
     specs = flat_specs(config)
     if mesh:
         check_divisible(config, mesh)
     require_memory(specs, dtype, mesh)
-    flat = {}
-    for path in tqdm(specs, desc="loading weights", unit="tensor", leave=False, disable=None):
-        spec = specs[path]
-        value = parameters.read_parameter(
-            source, pieces[path], spec.shape, leaf_dtype(path, dtype)
-        )
+
+    def read(path: str) -> jax.Array:
+        dtype_ = leaf_dtype(path, dtype)
+        value = parameters.read_parameter(source, pieces[path], specs[path].shape, dtype_)
         # On CPU jax takes the aligned buffer over, elsewhere it copies: nobody else holds it.
-        flat[path] = jax.device_put(value, placement(spec, mesh), may_alias=True)
-    return nest(flat)
+        return jax.device_put(value, placement(specs[path], mesh), may_alias=True)
+
+    with ThreadPoolExecutor(READERS) as pool:  # numpy lets go of the lock while it dequantizes
+        values = tqdm(
+            pool.map(read, specs),
+            total=len(specs),
+            desc="loading weights",
+            unit="tensor",
+            leave=False,
+            disable=None,  # where stderr is no terminal
+        )
+        return nest(dict(zip(specs, values, strict=True)))

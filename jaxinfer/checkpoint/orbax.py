@@ -120,10 +120,12 @@ def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None
         for path, spec in specs.items():
             if held.get(path) != spec.shape:
                 raise CorruptFile(
-                    f"{label(folder)}: {path} has shape {held.get(path)}; the config asks for {spec.shape}"
+                    f"{label(folder)}: {path} has shape {held.get(path)};"
+                    f" the config asks for {spec.shape}"
                 )
         if extra := sorted(set(held) - set(specs)):
-            raise CorruptFile(f"{label(folder)}: {one_line(extra[0])} is no parameter of this config")
+            name = one_line(extra[0])
+            raise CorruptFile(f"{label(folder)}: {name} is no parameter of this config")
         try:
             return reader.restore(folder.absolute(), nest(wanted))
         except Exception as error:

@@ -1,0 +1,1 @@
+"""The `jaxinfer` command; the only place where flags live."""

@@ -1,7 +1,7 @@
 """jaxinfer convert: write a model as an Orbax checkpoint, which loads straight to shardings.
 
-  jaxinfer convert --model=gemma-3-270m --output=gemma-orbax
-  jaxinfer generate --model=gemma-orbax --prompt="Once upon a time"
+jaxinfer convert --model=gemma-3-270m --output=gemma-orbax
+jaxinfer generate --model=gemma-orbax --prompt="Once upon a time"
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxinfer.cli.generate import define_model_flags, load_model
+from jaxinfer.cli.model_flags import define_model_flags, load_model
 from jaxinfer.errors import InvalidArgument
 
 
@@ -35,4 +35,6 @@ def run(values: flags.FlagValues) -> None:
         Path(values.output),
         Checkpoint(llm.params, llm.config, llm.tokenizer, llm.default_params, llm.eos_ids),
     )
-    print(f"{values.output}: {llm.nbytes:,} bytes of {llm.model.dtype.name} weights", file=sys.stderr)
+    print(
+        f"{values.output}: {llm.nbytes:,} bytes of {llm.model.dtype.name} weights", file=sys.stderr
+    )

@@ -17,7 +17,9 @@ from typing import Any
 
 from absl import flags
 
+from jaxinfer.cli.model_flags import define_model_flags, load_model
 from jaxinfer.errors import InvalidArgument
+from jaxinfer.sampling import SamplingParams
 
 SAMPLING = (  # flags that are fields of SamplingParams, absent unless given
     (flags.DEFINE_integer, "max_tokens", "At most this many new tokens."),
@@ -44,40 +46,12 @@ def define_flags(values: flags.FlagValues) -> None:
     define_model_flags(values)
     flags.DEFINE_multi_string("prompt", [], "Text to continue or answer; repeatable.", **to)
     flags.DEFINE_string("prompt_file", None, "A file with a prompt a line; - is stdin.", **to)
-    flags.DEFINE_boolean("chat", None, "Use the chat template; default: if the model has one.", **to)
+    flags.DEFINE_boolean("chat", None, "Use the chat template; default: if there is one.", **to)
     flags.DEFINE_boolean("stream", False, "Write text as it comes; one prompt only.", **to)
     flags.DEFINE_boolean("json", False, "Write one JSON object a prompt.", **to)
     flags.DEFINE_boolean("stats", False, "Write counts and times to stderr.", **to)
     for define, name, text in SAMPLING:
-        define(name, None, text, **to)  # type: ignore[operator]
-
-
-def define_model_flags(values: flags.FlagValues) -> None:
-    """Flags that say which model and how it is loaded; shared by the commands."""
-    to: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string(
-        "model", "smollm2-135m-instruct", "Alias, hf://org/name, folder or .gguf file.", **to
-    )
-    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
-    flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
-
-
-def load_model(values: flags.FlagValues, **options: Any) -> Any:
-    """The LLM that the model flags name."""
-    import jax
-
-    import jaxinfer
-
-    if values.device:
-        known = ("cpu", "gpu", "tpu")
-        if values.device not in known:
-            raise InvalidArgument(f"--device={values.device}: one of {', '.join(known)}")
-        jax.config.update("jax_platforms", "cuda" if values.device == "gpu" else values.device)
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        raise InvalidArgument(f"--device={values.device or 'default'} is not there: {error}") from error
-    return jaxinfer.load(values.model, dtype=values.dtype, **options)
+        define(name, None, text, **to)
 
 
 def run(values: flags.FlagValues) -> None:
@@ -89,7 +63,10 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument("a prompt is empty: give it some text")
     if values.stream and (len(prompts) > 1 or (values.n or 1) > 1 or values.json):
         raise InvalidArgument("--stream writes one text: give one prompt, no --n, no --json")
-    given = {name: values[name].value for _, name, _ in SAMPLING if values[name].value is not None}
+    given: Any = {
+        name: values[name].value for _, name, _ in SAMPLING if values[name].value is not None
+    }
+    SamplingParams(**given)  # complains of bad values before anything is loaded
 
     llm = load_model(values)
     params = dataclasses.replace(llm.default_params, **given)
@@ -131,4 +108,5 @@ def _write(output: Any, values: flags.FlagValues) -> None:
         print(output.text)
     if values.stats:
         for name, value in dataclasses.asdict(output.stats).items():
-            print(f"{name:>20} {value:.4g}" if isinstance(value, float) else f"{name:>20} {value}", file=sys.stderr)
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{name:>20} {shown}", file=sys.stderr)

@@ -3,6 +3,7 @@
 Commands:
   generate   continue prompts, or answer them where the model chats
   convert    write a model as an Orbax checkpoint, which loads straight to shardings
+  bench      measure tokens per second beside the memory's limit
 
 `jaxinfer COMMAND --help` lists the flags of a command.
 """
@@ -19,14 +20,14 @@ from absl import flags
 
 from jaxinfer.errors import JaxinferError
 
-COMMANDS = ("generate", "convert")
+COMMANDS = ("generate", "convert", "bench")
 HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that argv[1] names and return its exit code: 0, or 2 for bad input."""
     if len(argv) < 2 or argv[1] in HELP:
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         return 0 if len(argv) >= 2 else 2
     name, rest = argv[1], list(argv[2:])
     if name not in COMMANDS:
@@ -35,8 +36,9 @@ def main(argv: Sequence[str]) -> int:
     command = importlib.import_module(f"jaxinfer.cli.{name}")
     values = flags.FlagValues()
     command.define_flags(values)
+    summary = (command.__doc__ or "").strip()
     if any(arg in HELP for arg in rest):
-        print(f"{command.__doc__.strip()}\n\nFlags:\n{values.get_help()}")
+        print(f"{summary}\n\nFlags:\n{_describe(values)}")
         return 0
     try:
         extra = values([name, *rest])[1:]
@@ -51,6 +53,18 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of stdout has gone: not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _describe(values: flags.FlagValues) -> str:
+    """A line a flag, in the order in which the command defines them."""
+    lines = []
+    for module, defined in values.flags_by_module_dict().items():
+        for flag in defined if not module.startswith("absl") else ():
+            name = f"[no]{flag.name}" if flag.boolean else f"{flag.name}=..."
+            default = "" if flag.default in (None, False, []) else f" [{flag.default}]"
+            text = flag.help.split(";\n")[0]  # absl adds how to repeat a flag
+            lines.append(f"  --{name:<24} {text}{default}")
+    return "\n".join(lines)
 
 
 def _complain(message: str) -> int:

@@ -22,16 +22,8 @@ from jaxinfer.tokenizer.base import MAX_VOCAB, Settings, Tokenizer, find_eos_ids
 MAX_STEPS = 8  # of a normalizer, or of a pre-tokenizer; each may at most double a text
 MAX_GROWTH = 64  # how many times longer a normalizer may make a text
 MAX_AROUND = 64  # tokens that a post-processor puts around a text
-NORMALIZERS = (
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Lowercase",
-    "Strip",
-    "StripAccents",
-    "Prepend",
-    "Replace",
+NORMALIZERS = frozenset(
+    {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"}
 )
 
 # Byte-level BPE spells each byte as one printable character (the GPT-2 alphabet): bytes that are

@@ -1,0 +1,1 @@
+"""How fast a model answers here, measured beside the limit of the memory and beside its peers."""

@@ -1,0 +1,41 @@
+"""The flags that say which model and how it is loaded; every command shares them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from absl import flags
+
+from jaxinfer.errors import InvalidArgument
+
+DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # our name -> JAX's
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+    """Define the flags on `values`."""
+    to: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string(
+        "model", "smollm2-135m-instruct", "Alias, hf://org/name, folder or .gguf file.", **to
+    )
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
+    flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
+    flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
+
+
+def load_model(values: flags.FlagValues, **options: Any) -> Any:
+    """The LLM that the flags name."""
+    import jax
+
+    import jaxinfer
+
+    if values.device:
+        if values.device not in DEVICES:
+            raise InvalidArgument(f"--device={values.device}: one of {', '.join(DEVICES)}")
+        jax.config.update("jax_platforms", DEVICES[values.device])
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"--device={values.device or 'default'} is not there: {error}"
+        ) from error
+    return jaxinfer.load(values.model, dtype=values.dtype, max_len=values.max_len, **options)
