@@ -280,6 +280,14 @@ def param_specs(config: ModelConfig) -> Any:
     return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def param_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of the parameter at a path such as "layer_0/attn/q/kernel".
+
+    Vectors stay float32 whatever the model's dtype: they weigh nothing, and norms need the bits.
+    """
+    return jnp.dtype(jnp.float32 if path.endswith(("scale", "bias")) else dtype)
+
+
 def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype, std: float = 0.02) -> Params:
     """Random weights: norms are one, everything else normal with this standard deviation."""
     specs, tree = jax.tree.flatten_with_path(
@@ -287,9 +295,10 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jnp.dtype, std: floa
     )
 
     def draw(path: tuple[Any, ...], spec: ParamSpec, key: jax.Array) -> jax.Array:
-        if path[-1].key == "scale":
+        name = path[-1].key
+        if name == "scale":
             return jnp.ones(spec.shape, jnp.float32)
-        return (std * jax.random.normal(key, spec.shape)).astype(dtype)
+        return (std * jax.random.normal(key, spec.shape)).astype(param_dtype(name, dtype))
 
     keys = jax.random.split(key, len(specs))
     return jax.tree.unflatten(tree, [draw(p, s, k) for (p, s), k in zip(specs, keys, strict=True)])

@@ -29,7 +29,9 @@ KNOWN = 90  # ids that the tokenizer knows; the others pad the logits and are ne
 WINDOW = 12
 NEW = 128  # greedy tokens
 MAX_KL = 1e-5
-MAX_ERROR = 1e-4  # of a logit, in standard deviations of the logits
+# Of a logit, in standard deviations of the logits. Measured: below 4e-5 at 250 tokens; 2e-4 at 2,048,
+# where an angle of 2,000 radians in float32 has lost four of its seven digits.
+MAX_ERROR = 5e-4
 
 BASE: dict[str, Any] = {
     **{"vocab_size": VOCAB, "hidden_size": 36, "intermediate_size": 56, "num_hidden_layers": 2},
@@ -62,7 +64,8 @@ GEMMA3 = {
     },
 }
 GEMMA3_LINEAR = {
-    **GEMMA3,
+    **{**GEMMA, "num_hidden_layers": 3},
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
@@ -115,7 +118,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA, **ONE_KV, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
     "gemma3": ("Gemma3Text", {**TIED, **GEMMA3}),
-    "gemma3 linear, untied, one kv head": (
+    "gemma3 linear, chosen layers, untied, one kv head": (
         "Gemma3Text",
         {**GEMMA3_LINEAR, **ONE_KV, "max_position_embeddings": 2048},
     ),
@@ -271,7 +274,7 @@ def test_gemma3_with_vision_is_its_text_part(tmp_path: Path) -> None:
         **{"num_attention_heads": 2, "image_size": 16, "patch_size": 8},
     }
     config = transformers.Gemma3Config(
-        text_config={**BASE, **GEMMA3, **TIED},
+        text_config={**BASE, **GEMMA3_LINEAR, **TIED},
         vision_config=vision,
         mm_tokens_per_image=4,
         image_token_index=VOCAB - 1,

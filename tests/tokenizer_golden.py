@@ -37,6 +37,7 @@ NEW += [(0x1E5D0, 0x1E5FF), (0xA7CB, 0xA7CD), (0xA7DA, 0xA7DC), (0x1CCF0, 0x1CCF
 def base_strings() -> dict[str, list[str]]:
     """Kind -> strings of that kind, about 15,000 in all."""
     rng = random.Random(20240607)
+    parts = str.split
 
     def below(n: int) -> int:
         return int(rng.random() * n)
@@ -71,26 +72,7 @@ def base_strings() -> dict[str, list[str]]:
             blocks += [word, " ".join(chars), f"a{word} b1"]
         blocks.append("".join(in_page(page, i) for i in range(0, 0x80, 3)))
 
-    faces = [
-        "😀",
-        "👍",
-        "👨",
-        "👩",
-        "👧",
-        "❤",
-        "🏳",
-        "🌈",
-        "✋",
-        "🇫",
-        "🇷",
-        "🇺",
-        "🇸",
-        "🏴",
-        "1",
-        "#",
-        "☠",
-        "🚀",
-    ]
+    faces = parts("😀 👍 👨 👩 👧 ❤ 🏳 🌈 ✋ 🇫 🇷 🇺 🇸 🏴 1 # ☠ 🚀")
     joins = ["", "\u200d", "\ufe0f", "\ufe0e", "\U0001f3fb", "\U0001f3ff", "\u20e3", " "]
     joins += ["\u200d♂\ufe0f", "\U000e0067\U000e007f"]
     emoji = [some(8, faces, joins) for _ in range(1200)]
@@ -112,22 +94,15 @@ def base_strings() -> dict[str, list[str]]:
     digits = []
     for _ in range(700):
         n = some(12, "0123456789")
-        forms = [
-            n,
-            f"${n}.{n[:2]}",
-            f"{n}%",
-            f"x{n}",
-            f" {n} {n}",
-            f"{n[:1]},{n}",
-            f"-{n}e+{n[:2]}",
-        ]
+        forms = [n, f"${n}.{n[:2]}", f"{n}%", f"x{n}", f" {n} {n}", f"{n[:1]},{n}"]
+        forms += [f"-{n}e+{n[:2]}"]
         digits.append(pick([*forms, f"٣{n}߁", f"Ⅷ{n}½", f"{n}²³"]))
 
-    words = (
+    words = parts(
         "the Of And MODEL tokenizer don won It I you we they isn could Straße naïve Ελλάδα Привет"
         " мир שלום مرحبا नमस्ते 你好 こんにちは 안녕 สวัสดี ខ្មែរ İstanbul ŒUVRE ǅ ﬁn ẞ"
-    ).split()
-    tails = "'s 'S 't 'RE 've 'LL 'd 'm ’s ’re ' '' 'x - -- … . !? , ; :".split()
+    )
+    tails = parts("'s 'S 't 'RE 've 'LL 'd 'm \u2019s \u2019re ' '' 'x - -- … . !? , ; :")
     tails += [""] * len(tails)
     gaps = [" ", " ", " ", "  ", "_", "/", " - "]
     starts = ["", "", " ", "  ", "\n", '"', "("]
@@ -141,24 +116,12 @@ def base_strings() -> dict[str, list[str]]:
     code += ["<s>", "<0x41>", "<unk>", "<pad>", "<|im_end|>", "<end_of_turn>", "<|endoftext|>"]
     programs = [some(8, code, ["\n", " ", ""]) for _ in range(1800)]
 
-    pool = [
-        *map(chr, range(0x20, 0x7F)),
-        *"éüñßøåçžæŁğıİσςЖяжЁ中文字漢日本語ひらカタ한국어ไทยहिन्दीعربي",
-    ]
+    pool = [*map(chr, range(0x20, 0x7F)), *"éüñßøåçžæŁğıİσςЖяжЁ中文字漢日本語ひらカタ한국어"]
+    pool += "ไทยहिन्दीعربي"
     pool += ["e\u0301", "o\u0308\u0323", "ﬃ", "Å", "\u1100\u1161", "क्ष", *" " * 30, *"\n" * 4]
     mixed = [some(40, pool) for _ in range(1500)]
-    edges = [
-        "",
-        "\0",
-        "a" * 300,
-        "ab" * 500,
-        " " * 500,
-        "é" * 200,
-        "の" * 150,
-        "0" * 100,
-        "!" * 200,
-    ]
-    edges += ["\n \n" * 50]
+    edges = ["", "\0", "a" * 300, "ab" * 500, " " * 500, "é" * 200, "の" * 150, "0" * 100]
+    edges += ["!" * 200, "\n \n" * 50]
     return {
         **{"blocks": blocks, "emoji": emoji, "controls": controls, "white": white},
         **{"digits": digits, "prose": prose, "programs": programs, "mixed": mixed, "edges": edges},

@@ -52,6 +52,7 @@ def config_from_hf(config: Mapping[str, Any], *, where: str) -> ModelConfig:
     if text is None:
         raise CorruptFile(f"{where}: text_config is missing")
     text.choice("model_type", "gemma3_text", {"gemma3_text": "gemma3_text"})
+    text.only("final_logit_softcapping")  # the class with vision has it, but its head drops it
     inner = _text_config(text, "gemma3_text")
     tied = fields.flag("tie_word_embeddings", inner.tied)
     _refuse_known(fields)

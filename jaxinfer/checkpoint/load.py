@@ -23,13 +23,12 @@ from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.safetensors import SafetensorsFiles
 from jaxinfer.checkpoint.source import TensorSource
 from jaxinfer.config import ModelConfig
-from jaxinfer.model import Params, ParamSpec, param_specs
+from jaxinfer.model import Params, ParamSpec, param_dtype, param_specs
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import check_divisible, sharding
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
-NARROW = ("scale", "bias")  # vectors: always float32, they weigh nothing and norms need the bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +98,6 @@ def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkp
     return Checkpoint(params, config, tokenizer, defaults, tuple(sorted(ends)))
 
 
-def leaf_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of the parameter at this path."""
-    return jnp.dtype(jnp.float32) if path.endswith(NARROW) else jnp.dtype(dtype)
-
-
 def flat_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     """Path such as "layer_0/attn/q/kernel" -> spec."""
     leaves = jax.tree.leaves_with_path(
@@ -131,7 +125,7 @@ def placement(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
 
 def require_memory(specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None) -> None:
     """Raise OutOfMemory unless the weights fit."""
-    needed = sum(math.prod(s.shape) * leaf_dtype(p, dtype).itemsize for p, s in specs.items())
+    needed = sum(math.prod(s.shape) * param_dtype(p, dtype).itemsize for p, s in specs.items())
     devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
     advice = "a smaller model, dtype=bfloat16 or more devices (mesh=)"
     memory.require(needed, f"the weights in {jnp.dtype(dtype).name}", advice, devices)
@@ -151,7 +145,7 @@ def read_params(
     require_memory(specs, dtype, mesh)
 
     def read(path: str) -> jax.Array:
-        dtype_ = leaf_dtype(path, dtype)
+        dtype_ = param_dtype(path, dtype)
         value = parameters.read_parameter(source, pieces[path], specs[path].shape, dtype_)
         # On CPU jax takes the aligned buffer over, elsewhere it copies: nobody else holds it.
         return jax.device_put(value, placement(specs[path], mesh), may_alias=True)

@@ -26,13 +26,13 @@ from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.load import (
     Checkpoint,
     flat_specs,
-    leaf_dtype,
     nest,
     placement,
     require_memory,
 )
 from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.errors import CorruptFile, InvalidArgument
+from jaxinfer.model import param_dtype
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import check_divisible
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
@@ -107,7 +107,7 @@ def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None
         raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
     wanted = {
         path: jax.ShapeDtypeStruct(
-            spec.shape, leaf_dtype(path, dtype), sharding=placement(spec, mesh)
+            spec.shape, param_dtype(path, dtype), sharding=placement(spec, mesh)
         )
         for path, spec in specs.items()
     }

@@ -61,7 +61,8 @@ def _describe(values: flags.FlagValues) -> str:
     for module, defined in values.flags_by_module_dict().items():
         for flag in defined if not module.startswith("absl") else ():
             name = f"[no]{flag.name}" if flag.boolean else f"{flag.name}=..."
-            default = "" if flag.default in (None, False, []) else f" [{flag.default}]"
+            shown = str(flag.default)[:30]
+            default = "" if flag.default in (None, False, []) else f" [{shown}]"
             text = flag.help.split(";\n")[0]  # absl adds how to repeat a flag
             lines.append(f"  --{name:<24} {text}{default}")
     return "\n".join(lines)
