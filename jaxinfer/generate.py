@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import steps
+from jaxinfer import scoring, steps
 from jaxinfer.batch import Batch, Model
 from jaxinfer.chat import encode_chat
 from jaxinfer.config import ModelConfig
@@ -258,31 +258,10 @@ class LLM:
           list of them for a list.
         """
         ids, single = self._token_ids(texts)
-        scores = [self._score(row) for row in ids]
+        self._check_lengths(ids)
+        groups = [ids[i : i + self.max_batch] for i in range(0, len(ids), self.max_batch)]
+        scores = [row for group in groups for row in scoring.score(self.model, group)]
         return scores[0] if single else scores
-
-    def _score(self, ids: Sequence[int]) -> np.ndarray:
-        if len(ids) > self.max_len:
-            raise PromptTooLong(f"{len(ids)} tokens to score; the context has {self.max_len}")
-        cache = self.model.new_cache(1, steps.capacity_for(len(ids)))
-        parts: list[np.ndarray] = []
-        for at in range(0, len(ids) - 1, steps.PREFILL_WIDTHS[-1]):
-            chunk = ids[at : at + steps.PREFILL_WIDTHS[-1] + 1]
-            count = len(chunk) - 1
-            width = steps.bucket(count, steps.PREFILL_WIDTHS)
-            padded = np.zeros((1, width + 1), np.int32)
-            padded[0, : len(chunk)] = chunk
-            targets = np.pad(np.asarray(chunk[1:], np.int32), (0, width - count))[None]
-            logp, cache = steps.score(
-                self.params,
-                jnp.asarray(padded[:, :-1]),
-                jnp.asarray(targets),
-                jnp.array([count], jnp.int32),
-                cache,
-                config=self.config,
-            )
-            parts.append(np.asarray(logp[0, :count]))
-        return np.concatenate(parts) if parts else np.zeros((0,), np.float32)
 
     def forward(
         self, token_ids: Sequence[int] | Sequence[Sequence[int]], *, layers: Sequence[int] = ()
@@ -294,29 +273,13 @@ class LLM:
           layers: layer numbers; negative ones count from the last.
         """
         ids, _ = self._token_ids(token_ids)
+        self._check_lengths(ids)
+        return scoring.forward(self.model, ids, layers)
+
+    def _check_lengths(self, ids: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, ids))
         if longest > self.max_len:
             raise PromptTooLong(f"{longest} tokens; the context has {self.max_len}")
-        count = self.config.num_layers
-        wanted = tuple(layers)
-        if any(not -count <= i < count for i in wanted):
-            raise InvalidArgument(f"layers={wanted}: the model has {count} layers")
-        capacity = steps.capacity_for(longest)
-        width = steps.bucket(longest, (*steps.PREFILL_WIDTHS, capacity))
-        tokens = np.zeros((len(ids), width), np.int32)
-        for b, row in enumerate(ids):
-            tokens[b, : len(row)] = row
-        lengths = jnp.array([len(row) for row in ids], jnp.int32)
-        logits, hidden, _ = steps.logits_and_states(
-            self.params,
-            jnp.asarray(tokens),
-            lengths,
-            self.model.new_cache(len(ids), capacity),
-            config=self.config,
-            layers=tuple(sorted({i % count for i in wanted})),
-        )
-        states = {i: hidden[i % count][:, :longest] for i in wanted}
-        return ForwardOutput(logits[:, :longest], lengths, states)
 
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Ids of each prompt, and whether there was one prompt instead of a list."""

@@ -20,6 +20,7 @@ FLOORS = [
     ("jaxinfer.checkpoint.json_file", "jaxinfer.checkpoint.fields", "jaxinfer.template"),
     ("jaxinfer.tokenizer",),
     ("jaxinfer.chat", "jaxinfer.checkpoint", "jaxinfer.batch"),
+    ("jaxinfer.scoring",),
     ("jaxinfer.generate",),
     ("jaxinfer.testing", "jaxinfer.bench"),
     ("jaxinfer.cli",),

@@ -145,6 +145,9 @@ def test_there_are_enough_cases():
 # ---- tokenizer.json -----------------------------------------------------------------------------
 
 
+LONG = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 def spec() -> dict[str, Any]:
     letters = golden._byte_alphabet()
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -154,9 +157,9 @@ def spec() -> dict[str, Any]:
         "padding": None,
         "added_tokens": [{"id": 257, "content": "<s>", "special": True, **special}],
         "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "pre_tokenizer": LONG,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": LONG,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -179,6 +182,10 @@ def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
 def around(tokens: int, times: int) -> dict[str, Any]:
     name = {"SpecialToken": {"id": "<s>", "type_id": 0}}
     ids = {"id": "<s>", "ids": [257] * tokens, "tokens": ["<s>"] * tokens}
@@ -191,7 +198,6 @@ def around(tokens: int, times: int) -> dict[str, Any]:
     }
 
 
-LONG = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 # A path into the spec, and what to write there.
 JSON_CASES: list[tuple[str, Any]] = [
     *((field, 7) for field in ("version", "added_tokens", "normalizer", "pre_tokenizer", "model")),
@@ -208,7 +214,10 @@ JSON_CASES: list[tuple[str, Any]] = [
     ("added_tokens.0.id", "257"),
     ("added_tokens.0.content", 5),
     ("added_tokens.0", "token"),
-    *(("decoder", value) for value in (None, 7, {"type": "WordPiece"}, {"type": "BPEDecoder"})),
+    *(("decoder", value) for value in (None, 7, {"type": "WordPiece"})),
+    ("decoder", {"type": "WordPiece", "prefix": "##", "cleanup": True}),
+    ("decoder", {"type": "BPEDecoder", "suffix": "</w>"}),
+    ("decoder", {"type": "CTC", "pad_token": "a", "word_delimiter_token": "b", "cleanup": True}),
     ("decoder", {"type": "Strip", "content": "x", "start": 1, "stop": 0}),
     ("decoder", {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}),
     ("decoder", {"type": "Sequence", "decoders": []}),
@@ -225,8 +234,8 @@ JSON_CASES: list[tuple[str, Any]] = [
     ("normalizer", steps({"type": "NFC"}, 9)),
     ("pre_tokenizer", {"type": "NoSuch"}),
     ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [LONG] * 40}),  # each doubles a text
-    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "["}, "behavior": "Isolated"}),
-    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "NoSuch"}),
+    ("pre_tokenizer", split("[", "Isolated")),
+    ("pre_tokenizer", split("a", "NoSuch")),
     ("post_processor", {"type": "NoSuch"}),
     ("post_processor", around(100_000, 1)),
     ("post_processor", around(1000, 1000)),
@@ -248,6 +257,23 @@ def test_tokenizer_json(case, tmp_path):
         part[last] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     refused(lambda: load_tokenizer(tmp_path), "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("vocab", "what"),
+    [
+        ({}, "the vocabulary is empty"),
+        ({"a": 0, "b": 0}, "two tokens share an id"),
+        ({"a": 2**32 - 1}, "the highest token id is 4294967295"),
+        ({"a": 1 << 22}, "the highest token id is 4194304"),
+    ],
+)
+def test_vocabulary_of_tokenizer_json(vocab, what, tmp_path):
+    whole = spec()
+    whole["added_tokens"] = []
+    whole["model"] |= {"vocab": vocab, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    refused(lambda: load_tokenizer(tmp_path), "tokenizer.json: model.vocab", what)
 
 
 def test_the_json_they_were_made_from_is_sound(tmp_path):
@@ -287,8 +313,7 @@ def test_a_file_too_large_is_not_read(tmp_path):
 
 def test_a_pattern_that_runs_for_ever_ends_in_one_line(tmp_path):
     whole = spec()
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
-    whole["pre_tokenizer"] = {**split, "invert": False}
+    whole["pre_tokenizer"] = split("(a+)+$", "Isolated")
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     tokenizer = load_tokenizer(tmp_path)
     refused(lambda: tokenizer.encode("a" * 5000 + "!"), "tokenizer.json")
@@ -324,13 +349,18 @@ SIDE_CASES: list[tuple[str, Any]] = [
 ]
 
 
+# What is well formed, but names something that the vocabulary lacks.
+BETWEEN = [i for i, (_, v) in enumerate(SIDE_CASES) if "<none>" in str(v) or "999}" in str(v)]
+BETWEEN += [i for i, (_, v) in enumerate(SIDE_CASES) if "add_bos_token': True" in str(v)]
+
+
 @pytest.mark.parametrize("case", range(len(SIDE_CASES)))
 def test_files_beside(case, tmp_path):
     name, value = SIDE_CASES[case]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec()))
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
     (tmp_path / name).write_bytes(raw)
-    refused(lambda: load_tokenizer(tmp_path), ".j")
+    refused(lambda: load_tokenizer(tmp_path), "tokenizer.json" if case in BETWEEN else name)
 
 
 # ---- tokenizer.model ----------------------------------------------------------------------------
@@ -388,8 +418,7 @@ MODEL_CASES: list[Callable[[bytes], bytes]] = [
     changed(lambda model: model.ClearField("pieces")),
     changed(lambda model: model.pieces.pop(0)),  # no unknown piece
     changed(lambda model: model.pieces.pop(10)),  # 255 bytes
-    changed(lambda model: model.pieces.add(piece="the", type=1)),
-    changed(lambda model: model.pieces.add(piece="the", type=1)),
+    changed(lambda model: model.pieces.add(piece="▁the", type=1)),
     changed(lambda model: model.pieces.add(piece="", type=1)),
     changed(lambda model: model.pieces.add(piece="<unk2>", type=2)),
     changed(lambda model: model.pieces.add(piece="<0x00>", type=6)),

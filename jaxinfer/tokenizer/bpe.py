@@ -118,7 +118,7 @@ def _one_line_errors(message: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CorruptFile(f"{message}: {one_line(error, 120)}") from None
+            raise CorruptFile(f"{message}: {one_line(error, 200)}") from None
         raise
 
 

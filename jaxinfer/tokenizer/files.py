@@ -76,15 +76,15 @@ def _read(path: Path, limit: int) -> bytes:
         raise unreadable(path, error) from None
 
 
+def _optional(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file, an empty one where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
 def _read_settings(folder: Path) -> Settings:
     """What the files beside the vocabulary say."""
-
-    def optional(name: str) -> Mapping[str, Any]:
-        return read_json(folder / name) if (folder / name).exists() else {}
-
     path = folder / CONFIG
-    config = optional(CONFIG)
-    named = {**optional("special_tokens_map.json"), **config}
+    config = _optional(path)
     adds_bos = config.get("add_bos_token")
     if adds_bos not in (None, True, False):
         raise corrupt(path, f"add_bos_token is {one_line(adds_bos)}; expected true or false")
@@ -93,17 +93,19 @@ def _read_settings(folder: Path) -> Settings:
     for i in eos_ids:
         _check_id(path, "eos_token_id", i)
     return Settings(
-        bos_token=_text_of(path, "bos_token", named.get("bos_token")),
-        eos_token=_text_of(path, "eos_token", named.get("eos_token")),
+        bos_token=_named_token(folder, "bos_token", config),
+        eos_token=_named_token(folder, "eos_token", config),
         eos_ids=tuple(eos_ids),
         adds_bos=adds_bos,
-        chat_template=_chat_template(folder, config, optional("chat_template.json")),
-        added=_added(folder, config, optional("added_tokens.json")),
+        chat_template=_chat_template(folder, config),
+        added=_added(folder, config),
     )
 
 
-def _text_of(path: Path, field: str, value: Any) -> str | None:
+def _named_token(folder: Path, field: str, config: Mapping[str, Any]) -> str | None:
     """A token: a text, or an object whose "content" is one."""
+    path = folder / (CONFIG if field in config else "special_tokens_map.json")
+    value = config[field] if field in config else _optional(path).get(field)
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
@@ -116,7 +118,7 @@ def _check_id(path: Path, field: str, value: Any) -> None:
         raise corrupt(path, f"{field} holds {one_line(value)}; expected a token id")
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any], alone: Mapping[str, Any]) -> str | None:
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The template: a file of its own wins over the field of tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.exists():
@@ -124,18 +126,19 @@ def _chat_template(folder: Path, config: Mapping[str, Any], alone: Mapping[str, 
             return _read(path, MAX_BYTES).decode()
         except UnicodeDecodeError:
             raise corrupt(path, "is not UTF-8 text") from None
-    value = alone.get("chat_template", config.get("chat_template"))
+    path = folder / "chat_template.json"
+    if not path.exists():
+        path = folder / CONFIG
+    value = (config if path.name == CONFIG else _optional(path)).get("chat_template")
     if isinstance(value, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
         value = named.get("default")
     if value is not None and not isinstance(value, str):
-        raise corrupt(folder / CONFIG, f"chat_template is {one_line(value)}; expected a text")
+        raise corrupt(path, f"chat_template is {one_line(value)}; expected a text")
     return value
 
 
-def _added(
-    folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]
-) -> Mapping[int, Added]:
+def _added(folder: Path, config: Mapping[str, Any]) -> Mapping[int, Added]:
     """Tokens beside a tokenizer.model, from tokenizer_config.json or from added_tokens.json."""
     path = folder / CONFIG
     table = config.get("added_tokens_decoder", {})
@@ -148,7 +151,8 @@ def _added(
             raise corrupt(path, f"added_tokens_decoder: {one_line(key)} is no id with a content")
         special, rstrip = token.get("special") is True, token.get("rstrip") is True
         added[int(key)] = Added(text, special=special, rstrip=rstrip)
-    for text, i in {} if table else older.items():
-        _check_id(folder / "added_tokens.json", one_line(text), i)
+    path = folder / "added_tokens.json"  # as older versions of transformers wrote them
+    for text, i in {} if table else _optional(path).items():
+        _check_id(path, one_line(text), i)
         added[i] = Added(text, special=False)
     return added

@@ -90,9 +90,12 @@ def _byte_level(fields: Fields, tokens: Sequence[str]) -> Tokenizer:
         raise fields.corrupt(KEY + "merges", f"a list of up to {MAX_MERGES} texts")
     try:
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    except (AttributeError, TypeError, ValueError):
+        raise CorruptFile(f"{where}: {KEY}merges holds one that is not two words") from None
+    try:
         model = models.BPE(vocab, pairs, ignore_merges=rule.ignore_merges)
-    except Exception as error:  # not a text, not two words, or words that are no tokens
-        raise CorruptFile(f"{where}: {KEY}merges: {one_line(error, 120)}") from None
+    except Exception as error:  # words, alone or merged, that are no tokens
+        raise CorruptFile(f"{where}: {KEY}merges: {one_line(error, 200)}") from None
 
     backend = tokenizers.Tokenizer(model)
     if rule.nfc:

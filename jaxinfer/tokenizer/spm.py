@@ -80,6 +80,8 @@ def spm_tokenizer(raw: bytes, settings: Settings, *, where: str) -> Tokenizer:
 
     pieces = [piece.piece for piece in model.pieces]
     types = [piece.type for piece in model.pieces]
+    if UNKNOWN not in types:
+        raise CorruptFile(f"{where}: has no piece for what is unknown")
     special = {t: i for i, t in enumerate(pieces) if types[i] in (UNKNOWN, CONTROL)}
     special_ids = frozenset(special.values())
     vocab_size = len(pieces)

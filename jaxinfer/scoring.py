@@ -1,0 +1,67 @@
+"""What the model thinks of given tokens: log-probabilities, logits, hidden states. Ids only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import steps
+from jaxinfer.batch import Model
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.outputs import ForwardOutput
+
+CHUNK = steps.PREFILL_WIDTHS[-1]
+
+
+def score(model: Model, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Log-probability [T-1] f32 of each token given those before it, a row of T ids each."""
+    longest = max(map(len, ids))
+    batch = model.rows(len(ids))
+    held = model.new_cache(batch, steps.capacity_for(longest))
+    lengths = np.array([len(row) - 1 for row in ids] + [0] * (batch - len(ids)), np.int32)
+    parts = [np.zeros((batch, 0), np.float32)]
+    for at in range(0, longest - 1, CHUNK):
+        width = steps.bucket(longest - 1 - at, steps.PREFILL_WIDTHS)
+        tokens = _padded([row[at : at + width + 1] for row in ids], batch, width + 1)
+        logp, held = steps.score(
+            model.params,
+            jnp.asarray(tokens[:, :-1]),
+            jnp.asarray(tokens[:, 1:]),
+            jnp.asarray(np.clip(lengths - at, 0, width)),
+            held,
+            config=model.config,
+        )
+        parts.append(np.asarray(logp))
+    scores = np.concatenate(parts, axis=1)
+    return [scores[b, : len(row) - 1] for b, row in enumerate(ids)]
+
+
+def forward(model: Model, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> ForwardOutput:
+    """Logits of every position, and the residual stream behind `layers`; see `LLM.forward`."""
+    count = model.config.num_layers
+    if any(not -count <= i < count for i in layers):
+        raise InvalidArgument(f"layers={tuple(layers)}: the model has {count} layers")
+    longest, batch = max(map(len, ids)), model.rows(len(ids))
+    capacity = steps.capacity_for(longest)
+    width = steps.bucket(longest, (*steps.PREFILL_WIDTHS, capacity))
+    lengths = jnp.array([len(row) for row in ids], jnp.int32)
+    logits, hidden, _ = steps.logits_and_states(
+        model.params,
+        jnp.asarray(_padded(ids, batch, width)),
+        jnp.pad(lengths, (0, batch - len(ids))),
+        model.new_cache(batch, capacity),
+        config=model.config,
+        layers=tuple(sorted({i % count for i in layers})),
+    )
+    asked = np.s_[: len(ids), :longest]  # the rest is padding to a bucket
+    return ForwardOutput(logits[asked], lengths, {i: hidden[i % count][asked] for i in layers})
+
+
+def _padded(ids: Sequence[Sequence[int]], batch: int, width: int) -> np.ndarray:
+    """Ids as an array [batch, width] i32, zeros behind each row."""
+    out = np.zeros((batch, width), np.int32)
+    for b, row in enumerate(ids):
+        out[b, : len(row)] = row
+    return out
