@@ -97,8 +97,6 @@ def render(source: str, variables: dict[str, Any], *, where: str = "chat templat
     except jinja2.TemplateSyntaxError as error:
         detail = one_line(error.message, 200)
         raise CorruptFile(f"{where}: line {error.lineno}: {detail}") from None
-    except RecursionError:
-        raise CorruptFile(f"{where}: nests or calls itself too deeply") from None
     except Exception as error:  # a template can make any operation fail
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise CorruptFile(f"{where}: {kind}{one_line(error, 200)}") from None

@@ -90,15 +90,8 @@ class Budget:
 
     def text(self, pieces: Iterable[str]) -> str:
         """The pieces in one, once it is known to be small."""
-        held = []
-        total = 0
-        for piece in pieces:
-            total += len(piece)
-            self.spend(ITEM)
-            if total > self.most:
-                raise Beyond(f"makes a text of more than {self.most} characters")
-            held.append(piece)
-        self.spend(total)
+        held = list(self.each(pieces))
+        self.spend(sum(map(len, held)))
         return "".join(held)
 
 

@@ -18,7 +18,7 @@ from tokenizers import decoders, models
 from jaxinfer import load
 from jaxinfer.checkpoint.config_json import from_fields
 from jaxinfer.checkpoint.fields import Fields
-from jaxinfer.checkpoint.load import Checkpoint
+from jaxinfer.checkpoint.placement import Checkpoint
 from jaxinfer.checkpoint.orbax import DESCRIPTION, WEIGHTS, is_orbax, save_orbax
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.errors import CorruptFile, InvalidArgument, JaxinferError

@@ -363,6 +363,7 @@ def test_settings_beside_tokenizer_json(tmp_path):
 
     text = "the quick brown fox"
     assert len(load().encode(text)) > 8
+    assert len(load().encode("a")) == 2
     assert load().eos_token == "<|eot_id|>"
     assert load().eos_ids == (2, 1)  # named first; <|end_of_text|> is well known
     assert load(eos_token_id=[5, 6]).eos_ids == (2, 5, 6, 1)

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jaxinfer import memory
 from jaxinfer.checkpoint import generation_config, names, parameters
 from jaxinfer.checkpoint.gguf import GGUFFile
 from jaxinfer.checkpoint.gguf_config import config_from_gguf
 from jaxinfer.checkpoint.hf_config import config_from_hf
 from jaxinfer.checkpoint.json_file import read_json
+from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
+from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, nest, placement, require_room
 from jaxinfer.checkpoint.safetensors import SafetensorsFiles
 from jaxinfer.checkpoint.source import TensorSource
 from jaxinfer.config import ModelConfig
-from jaxinfer.model import Params, ParamSpec, param_dtype, param_specs
+from jaxinfer.model import Params, param_dtype
 from jaxinfer.sampling import SamplingParams
-from jaxinfer.sharding import check_divisible, sharding
-from jaxinfer.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A loaded model."""
-
-    params: Params
-    config: ModelConfig
-    tokenizer: Tokenizer
-    default_params: SamplingParams
-    eos_ids: tuple[int, ...]
 
 
 def load_checkpoint(path: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None) -> Checkpoint:
@@ -53,12 +39,10 @@ def load_checkpoint(path: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None) -
     Raises:
       CorruptFile, UnsupportedModel, ModelNotFound, OutOfMemory, InvalidArgument (the mesh).
     """
-    from jaxinfer.checkpoint import orbax
-
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, mesh)
-    if orbax.is_orbax(path):
-        return orbax.load_orbax(path, dtype=dtype, mesh=mesh)
+    if is_orbax(path):
+        return load_orbax(path, dtype=dtype, mesh=mesh)
     return _load_safetensors(path, dtype, mesh)
 
 
@@ -98,39 +82,6 @@ def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkp
     return Checkpoint(params, config, tokenizer, defaults, tuple(sorted(ends)))
 
 
-def flat_specs(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Path such as "layer_0/attn/q/kernel" -> spec."""
-    leaves = jax.tree.leaves_with_path(
-        param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)
-    )
-    return {"/".join(key.key for key in path): spec for path, spec in leaves}
-
-
-def nest(flat: dict[str, Any]) -> Params:
-    """The nested dict of a flat one."""
-    out: Params = {}
-    for path, value in flat.items():
-        *rooms, leaf = path.split("/")
-        room = out
-        for name in rooms:
-            room = room.setdefault(name, {})
-        room[leaf] = value
-    return out
-
-
-def placement(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where a parameter lies."""
-    return sharding(spec.axes, mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
-
-
-def require_memory(specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None) -> None:
-    """Raise OutOfMemory unless the weights fit."""
-    needed = sum(math.prod(s.shape) * param_dtype(p, dtype).itemsize for p, s in specs.items())
-    devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
-    advice = "a smaller model, dtype=bfloat16 or more devices (mesh=)"
-    memory.require(needed, f"the weights in {jnp.dtype(dtype).name}", advice, devices)
-
-
 def read_params(
     source: TensorSource,
     pieces: dict[str, names.Piece],
@@ -140,9 +91,7 @@ def read_params(
 ) -> Params:
     """Read every parameter and put it on its devices, a few at a time."""
     specs = flat_specs(config)
-    if mesh:
-        check_divisible(config, mesh)
-    require_memory(specs, dtype, mesh)
+    require_room(config, specs, dtype, mesh)
 
     def read(path: str) -> jax.Array:
         dtype_ = param_dtype(path, dtype)

@@ -23,18 +23,11 @@ from jaxinfer.checkpoint import config_json
 from jaxinfer.checkpoint.fields import MAX_VOCAB, Fields
 from jaxinfer.checkpoint.generation_config import eos_ids
 from jaxinfer.checkpoint.json_file import read_json
-from jaxinfer.checkpoint.load import (
-    Checkpoint,
-    flat_specs,
-    nest,
-    placement,
-    require_memory,
-)
+from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, nest, placement, require_room
 from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.errors import CorruptFile, InvalidArgument
 from jaxinfer.model import param_dtype
 from jaxinfer.sampling import SamplingParams
-from jaxinfer.sharding import check_divisible
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
 
 DESCRIPTION = "jaxinfer.json"
@@ -100,9 +93,7 @@ def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None
     import orbax.checkpoint as ocp
 
     specs = flat_specs(config)
-    if mesh:
-        check_divisible(config, mesh)
-    require_memory(specs, dtype, mesh)
+    require_room(config, specs, dtype, mesh)
     if not folder.is_dir():
         raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
     wanted = {

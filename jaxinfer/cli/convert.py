@@ -27,8 +27,8 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument("where to? give --output=FOLDER")
     if Path(values.output).exists():
         raise InvalidArgument(f"--output={values.output} is there already; name a new folder")
-    from jaxinfer.checkpoint.load import Checkpoint
     from jaxinfer.checkpoint.orbax import save_orbax
+    from jaxinfer.checkpoint.placement import Checkpoint
 
     llm = load_model(values)
     save_orbax(
