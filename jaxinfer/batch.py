@@ -36,14 +36,18 @@ class Model:
 
     def new_cache(self, batch: int, capacity: int) -> cache.KVCache:
         """An empty cache, refused with OutOfMemory where it cannot fit."""
+        self.require_cache(batch, capacity)
+        where = sharding.sharding("BKSH", self.mesh) if self.mesh else None
+        return cache.init_cache(self.config, batch, capacity, self.dtype, where)
+
+    def require_cache(self, batch: int, capacity: int) -> None:
+        """Raise OutOfMemory unless there is room for such a cache."""
         memory.require(
             cache.cache_bytes(self.config, batch, capacity, self.dtype),
             f"a cache of {batch} rows x {capacity} tokens",
             "fewer prompts at once, shorter prompts or fewer max_tokens",
             self.devices,
         )
-        where = sharding.sharding("BKSH", self.mesh) if self.mesh else None
-        return cache.init_cache(self.config, batch, capacity, self.dtype, where)
 
     def rows(self, count: int) -> int:
         """Batch size that holds `count` rows: a power of two, and a multiple of the data axis."""
@@ -52,7 +56,7 @@ class Model:
 
 
 class Batch:
-    """Rows that run together. Call `prefill`, then `advance` until `finished`."""
+    """Rows that run together. Call `prefill`, then `advance` until all have ended."""
 
     def __init__(self, model: Model, requests: Sequence[Request]) -> None:
         self.model = model
@@ -94,11 +98,6 @@ class Batch:
         return steps.LogProbs(
             jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32)
         )
-
-    @property
-    def finished(self) -> bool:
-        """Whether every row has ended."""
-        return bool(self._done.all())
 
     def prefill(self) -> None:
         """Put the prompts into the cache, in chunks of a few fixed widths."""
@@ -146,13 +145,7 @@ class Batch:
 
     def _grow(self) -> None:
         capacity = 2 * self.state.tokens.shape[1]
-        batch = self.state.tokens.shape[0]
-        memory.require(
-            cache.cache_bytes(self.model.config, batch, capacity, self.model.dtype),
-            f"a cache of {batch} rows x {capacity} tokens",
-            "fewer prompts at once, shorter prompts or fewer max_tokens",
-            self.model.devices,
-        )
+        self.model.require_cache(self.state.tokens.shape[0], capacity)
         self.state = steps.grow(self.state, capacity=capacity)
 
     def stop(self, row: int) -> None:
@@ -166,9 +159,13 @@ class Batch:
         request = self.requests[row]
         if request.params.logprobs is None or self.state.logprobs is None:
             return None
+        # Whole rows to the host first: a slice on the device is a program a length.
+        row_of = jax.tree.map(
+            lambda x: np.asarray(x)[row], (self.state.tokens, self.state.logprobs)
+        )
         new = slice(len(request.prompt), len(request.prompt) + count)
-        ids = self.state.tokens[row, new].tolist()
-        chosen, top, top_ids = (x[row, new].tolist() for x in self.state.logprobs)
+        ids = row_of[0][new].tolist()
+        chosen, top, top_ids = (x[new].tolist() for x in row_of[1])
         k = request.params.logprobs
         return [
             TokenLogprob(i, c, dict(zip(ti[:k], t[:k], strict=True)))

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxinfer import scoring, steps
 from jaxinfer.batch import Batch, Model
 from jaxinfer.chat import encode_chat
+from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
@@ -27,7 +28,6 @@ from jaxinfer.sampling import SamplingParams
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 STEPS_PER_LOOK = 64  # tokens between two looks of the host at a batch without stop strings
 STEPS_PER_LOOK_STOP = 8  # with stop strings: at most this many tokens are made in vain
 
@@ -51,8 +51,8 @@ def load(
     Args:
       name: an alias (`smollm2-135m-instruct`, `gemma-3-270m`), `hf://org/name[@revision]`, a folder
         (safetensors or Orbax) or a .gguf file.
-      dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: float32 on
-        CPU, bfloat16 elsewhere.
+      dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
+        Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
       drafter: None, plain decoding; there is no speculation yet.
       max_len: context in tokens; None: the model's own.
@@ -63,15 +63,19 @@ def load(
     Raises:
       JaxinferError: ModelNotFound, UnsupportedModel, CorruptFile, OutOfMemory or InvalidArgument.
     """
+    if max_len is not None and max_len < 2:
+        raise InvalidArgument(f"max_len={max_len}: must be 2 or more")
     if drafter is not None:
         raise InvalidArgument(f"drafter={drafter!r}: this version decodes plainly; leave it out")
     from jaxinfer.checkpoint import hub
     from jaxinfer.checkpoint.load import load_checkpoint
+    from jaxinfer.checkpoint.orbax import is_orbax, stored_dtype
 
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
-    kind = _dtype(dtype, mesh)
-    checkpoint = load_checkpoint(hub.resolve(str(name), cache=folder), dtype=kind, mesh=mesh)
+    path = hub.resolve(str(name), cache=folder)
+    kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
+    checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
     return LLM(
         checkpoint.params,
         checkpoint.config,
@@ -203,25 +207,31 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: OneOrEach = None,
+        *,
+        template: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> Any:
-        """Answer a conversation, or each of a list of them; returns as `generate` does."""
-        return self.generate(self.chat_ids(messages), params, **overrides)
+        """Answer a conversation, or each of a list of them; returns as `generate` does.
 
-    def chat_ids(self, messages: Any) -> Any:
+        `template` holds further variables of the chat template: tools, add_generation_prompt, and
+        what the model's own takes, such as {"enable_thinking": False}.
+        """
+        return self.generate(self.chat_ids(messages, **(template or {})), params, **overrides)
+
+    def chat_ids(self, messages: Any, **template: Any) -> Any:
         """Token ids of a conversation (or of each) behind the model's chat template."""
-        if not messages:
-            raise InvalidArgument("an empty conversation: give at least one message")
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise InvalidArgument("a conversation is a list of at least one message")
         if isinstance(messages[0], Mapping):
-            return encode_chat(self.tokenizer, messages)
-        return [encode_chat(self.tokenizer, m) for m in messages]
+            return encode_chat(self.tokenizer, messages, **template)
+        return [encode_chat(self.tokenizer, m, **template) for m in messages]
 
     def _run(
         self, rows: Sequence[Request], *, streaming: bool
     ) -> Iterator[tuple[int, Piece | GenerationOutput]]:
         """Run rows together: (row, Piece) as text comes, (row, GenerationOutput) at its end."""
         batch = Batch(self.model, rows)
-        writers = [TextWriter(self.tokenizer.stream(), r.params.stop) for r in rows]
+        writers = [TextWriter(self.tokenizer.stream(continues=True), r.params.stop) for r in rows]
         running = set(range(len(rows)))
         batch.prefill()
         shown = [0] * len(rows)  # tokens that a piece has already spoken of
@@ -271,6 +281,8 @@ class LLM:
         Args:
           token_ids: one list of ids or a ragged list of lists; B rows of at most T ids.
           layers: layer numbers; negative ones count from the last.
+
+        A new length may compile a slice of the result; the model itself runs in buckets.
         """
         ids, _ = self._token_ids(token_ids)
         self._check_lengths(ids)
@@ -283,24 +295,33 @@ class LLM:
 
     def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
         """Ids of each prompt, and whether there was one prompt instead of a list."""
+        if not isinstance(prompts, str | Sequence):  # an array of ids, of one row or of several
+            prompts = np.asarray(prompts).tolist()
+        if not isinstance(prompts, str | Sequence):
+            raise InvalidArgument(f"a prompt is text or token ids, not {prompts!r:.40}")
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             return [self._encode(prompts)], True
         if not len(prompts):
             raise InvalidArgument("no prompt: give a text or a list of at least one")
         return [self._encode(p) for p in prompts], False
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if len(prompt) == 0:
+    def _encode(self, prompt: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            prompt = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else prompt
+            if not isinstance(prompt, Sequence):
+                raise InvalidArgument(f"a prompt is text or token ids, not {prompt!r:.40}")
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
+        if not len(ids):
             raise InvalidArgument("the prompt is empty: give at least one character or token id")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        for i in prompt:
+            return list(ids)
+        for i in ids:
             if isinstance(i, bool) or not isinstance(i, int | np.integer):
                 kind = type(i).__name__
                 raise InvalidArgument(f"a prompt is text or a list of token ids, not of {kind}")
             if not 0 <= i < self.config.vocab_size:
                 raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
-        return [int(i) for i in prompt]
+        return [int(i) for i in ids]
 
     def _requests(
         self, prompts: list[list[int]], params: OneOrEach, overrides: Mapping[str, Any]

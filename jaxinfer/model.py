@@ -104,9 +104,10 @@ class Attention(nn.Module):
             k = RMSNorm(c, "KH" if full else "H", name="k_norm")(k)
         if rope is not None:
             q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
-        cache = cache.append(k, v, start, num_new)
         y = cached_attention(
             q,
+            k,
+            v,
             cache.k,
             cache.v,
             start,
@@ -114,7 +115,14 @@ class Attention(nn.Module):
             window=self.layer.window,
             softcap=c.attention_softcap,
         )
+        # The cache is written once it has been read: XLA would else copy it to be safe.
+        cache = cache.append(k, v, _after(start, y), num_new)
         return Linear(c, "D", "NH", c.out_bias, name="out")(y), cache
+
+
+def _after(start: jax.Array, y: jax.Array) -> jax.Array:
+    """`start` [B] unchanged, but not there before y [B,T,N,H] is: adds a zero that only y tells."""
+    return start + (y[:, 0, 0, 0] > jnp.inf).astype(start.dtype)
 
 
 class MLP(nn.Module):

@@ -24,7 +24,7 @@ class Stats:
 
     prompt_tokens: int
     new_tokens: int
-    first_token_seconds: float  # from the call to the first token
+    first_token_seconds: float  # from the start of the row's batch to the first token
     prefill_seconds: float  # putting the prompt into the cache
     decode_seconds: float  # everything after that
     tokens_per_second: float  # new_tokens / decode_seconds

@@ -46,6 +46,10 @@ def make_requests(
     if unknown := set(overrides) - known:
         raise InvalidArgument(f"SamplingParams has no field {', '.join(sorted(unknown))}")
     shared = isinstance(params, SamplingParams)
+    if not shared and not all(isinstance(p, SamplingParams) for p in _items(params)):
+        raise InvalidArgument(
+            "params: give a SamplingParams for all prompts, or a list of one each"
+        )
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise InvalidArgument(
@@ -62,6 +66,10 @@ def make_requests(
         first = i * p.n if shared else 0
         requests += [Request(prompt, p, seed, first + j, stop_ids, limit) for j in range(p.n)]
     return requests
+
+
+def _items(params: Any) -> list[Any]:
+    return list(params) if isinstance(params, Sequence) else [None]
 
 
 def _check(prompt: Sequence[int], params: SamplingParams, max_len: int, vocab_size: int) -> None:

@@ -35,7 +35,7 @@ class SamplingParams:
     """How to continue a prompt. Fields are checked when the object is made (InvalidArgument)."""
 
     max_tokens: int = 256  # at most this many new tokens
-    min_tokens: int = 0  # no end of sequence before this many
+    min_tokens: int = 0  # no end token before this many; a stop string still ends the text
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the smallest set with this mass (arXiv 1904.09751)
@@ -169,7 +169,7 @@ def sampling_rows(
 
 def _room(count: int) -> int:
     """A few fixed widths, so that the number of entries rarely compiles anything."""
-    return next(w for w in (8, 64, MAX_BIAS) if count <= w)
+    return next(w for w in (8, 128, MAX_BIAS) if count <= w)
 
 
 class History(NamedTuple):
@@ -280,7 +280,7 @@ def choose(scores: jax.Array, rows: SamplingRows, position: jax.Array, stream: i
     """
 
     def noisy(scores: jax.Array) -> jax.Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:]))(
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:], jnp.float32))(
             row_keys(rows, position, stream)
         )
         return jnp.where((rows.temperature > 0)[:, None], scores + noise, scores)

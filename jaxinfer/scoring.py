@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import steps
+from jaxinfer import memory, steps
 from jaxinfer.batch import Model
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.outputs import ForwardOutput
@@ -44,19 +45,36 @@ def forward(model: Model, ids: Sequence[Sequence[int]], layers: Sequence[int]) -
     if any(not -count <= i < count for i in layers):
         raise InvalidArgument(f"layers={tuple(layers)}: the model has {count} layers")
     longest, batch = max(map(len, ids)), model.rows(len(ids))
-    capacity = steps.capacity_for(longest)
-    width = steps.bucket(longest, (*steps.PREFILL_WIDTHS, capacity))
-    lengths = jnp.array([len(row) for row in ids], jnp.int32)
-    logits, hidden, _ = steps.logits_and_states(
-        model.params,
-        jnp.asarray(_padded(ids, batch, width)),
-        jnp.pad(lengths, (0, batch - len(ids))),
-        model.new_cache(batch, capacity),
-        config=model.config,
-        layers=tuple(sorted({i % count for i in layers})),
+    memory.require(
+        2 * 4 * batch * longest * model.config.vocab_size,  # in chunks, then in one piece
+        f"float32 logits of {batch} rows x {longest} tokens",
+        "fewer or shorter rows",
+        model.devices,
     )
-    asked = np.s_[: len(ids), :longest]  # the rest is padding to a bucket
-    return ForwardOutput(logits[asked], lengths, {i: hidden[i % count][asked] for i in layers})
+    held = model.new_cache(batch, steps.capacity_for(longest))
+    lengths = np.array([len(row) for row in ids] + [0] * (batch - len(ids)), np.int32)
+    wanted = tuple(sorted({i % count for i in layers}))
+    parts = []
+    for at in range(0, longest, CHUNK):
+        width = steps.bucket(longest - at, steps.PREFILL_WIDTHS)
+        logits, hidden, held = steps.logits_and_states(
+            model.params,
+            jnp.asarray(_padded([row[at : at + width] for row in ids], batch, width)),
+            jnp.asarray(np.clip(lengths - at, 0, width)),
+            held,
+            config=model.config,
+            layers=wanted,
+        )
+        parts.append((logits, hidden))
+
+    def whole(*chunks: jax.Array) -> jax.Array:
+        joined = jnp.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
+        return joined[: len(ids), :longest]  # the rest is padding to a bucket
+
+    logits, states = jax.tree.map(whole, *parts)
+    return ForwardOutput(
+        logits, jnp.asarray(lengths[: len(ids)]), {i: states[i % count] for i in layers}
+    )
 
 
 def _padded(ids: Sequence[Sequence[int]], batch: int, width: int) -> np.ndarray:

@@ -180,10 +180,20 @@ def score(
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, KVCache]:
-    """Log-probability [B,T] f32 of each target; the logits never leave the device."""
+    """Log-probability [B,T] f32 of each target; logits exist for a few positions at a time."""
     hidden, cache = forward(params, tokens, num_new, cache, config=config)
-    logp = jax.nn.log_softmax(head(params, hidden, config=config), axis=-1)
-    return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], cache
+
+    def few(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, targets = chunk  # [B,16,D], [B,16]
+        logits = head(params, hidden, config=config)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def split(x: jax.Array) -> jax.Array:  # [B,T,...] -> [T/16,B,16,...]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, PREFILL_WIDTHS[0], *x.shape[2:]), 1, 0)
+
+    scores = jnp.moveaxis(jax.lax.map(few, (split(hidden), split(targets))), 0, 1)
+    return scores.reshape(targets.shape), cache
 
 
 @partial(jax.jit, static_argnames=("capacity",))

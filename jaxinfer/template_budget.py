@@ -32,7 +32,7 @@ class Budget:
     def __init__(self, given: Iterable[Any] = ()) -> None:
         self.most = MAX_CHARS + MAX_RATIO * sum(map(_size, given))
         self._left = self.most * MAX_MADE
-        self._deadline = time.monotonic() + MAX_SECONDS
+        self._deadline = time.thread_time() + MAX_SECONDS
         # id -> (the container, its size, its depth). The container is kept so that no other can
         # get its id; they are immutable for a template, so that a size stays true.
         self._known: dict[int, tuple[Any, int, int]] = {}
@@ -44,7 +44,7 @@ class Budget:
             raise Beyond(f"makes a value of more than {self.most} characters")
         if self._left < 0:
             raise Beyond("makes too many values")
-        if time.monotonic() > self._deadline:
+        if time.thread_time() > self._deadline:
             raise Beyond(f"runs longer than {MAX_SECONDS:g} s")
 
     def take(self, value: Any) -> Any:

@@ -30,7 +30,7 @@ def tiny_tokenizer(vocab_size: int = 64) -> Tokenizer:
         adds_bos=False,
         bos_token="",
         eos_token=spell(0),
-        chat_template=None,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
         special_ids=frozenset({0}),
         strips_space=False,
         # Characters beyond the vocabulary wrap around.

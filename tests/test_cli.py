@@ -33,7 +33,7 @@ def test_text_alone_is_on_stdout(capsys, model):
     assert code == 0
     assert out == "The capital of France is Paris.\n"
     code, streamed, _ = run(
-        capsys, "generate", model, "--prompt=What is the capital of France?", "--stream", "--stats"
+        capsys, "generate", model, "--prompt=What is the capital of France?", "--stream"
     )
     assert (code, streamed) == (0, out)
 
@@ -105,6 +105,8 @@ BAD = {
     "n": ("generate", "--prompt=a", "--n=100000"),
     "dtype": ("generate", "--prompt=a", "--dtype=int3"),
     "device": ("generate", "--prompt=a", "--device=abacus"),
+    "stream and stats": ("generate", "--prompt=a", "--stream", "--stats"),
+    "logprobs in text": ("generate", "--prompt=a", "--logprobs=1"),
     "two streams": ("generate", "--prompt=a", "--prompt=b", "--stream"),
     "stream and json": ("generate", "--prompt=a", "--json", "--stream"),
     "no output": ("convert",),
@@ -124,6 +126,15 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, case):
         assert out == ""
         assert err.startswith("jaxinfer: ")
         assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_a_device_that_is_not_there(device):
+    flags = ["", "generate", "--prompt=a", f"--device={device}"]
+    code = f"from jaxinfer.cli.main import main; print(main({flags}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout == "2\n"
+    assert out.stderr.startswith(f"jaxinfer: --device={device} is not there")
 
 
 def test_near_matches_are_named(capsys):

@@ -213,6 +213,28 @@ def test_score_is_log_softmax(llm):
     assert [s.shape for s in llm.score(["ab", "abc"])] == [(1,), (2,)]
 
 
+def test_forward_in_chunks_is_forward_whole(llm):
+    long = tiny_llm(max_len=2048)
+    ids = [int(i) for i in np.random.default_rng(1).integers(1, 64, 700)]
+    whole = long.forward([ids, ids[:600]], layers=[0])
+    assert whole.logits.shape == (2, 700, 64)
+    np.testing.assert_allclose(whole.logits[0, :600], whole.logits[1, :600], atol=1e-4)
+    early = long.forward(ids[:300], layers=[0])
+    np.testing.assert_allclose(whole.logits[0, :300], early.logits[0], atol=1e-4)
+    np.testing.assert_allclose(whole.hidden[0][0, :300], early.hidden[0][0], atol=1e-4)
+
+
+def test_chat_is_its_template_and_generate(llm):
+    message = {"role": "user", "content": "abc"}
+    want = llm.generate("abc", GREEDY).text
+    assert llm.chat([message], GREEDY).text == want
+    assert [o.text for o in llm.chat([[message], [message]], GREEDY)] == [want, want]
+    assert llm.chat([message], GREEDY, template={"enable_thinking": False}).text == want
+    for bad in ({"role": "user"}, [], "abc", [{"role": "user"}]):
+        with pytest.raises(InvalidArgument):
+            llm.chat(bad, GREEDY)
+
+
 def test_forward_gives_logits_and_states(llm):
     out = llm.forward([[1, 2, 3], [4]], layers=[0, -1])
     assert out.logits.shape == (2, 3, llm.config.vocab_size)
@@ -241,10 +263,12 @@ def test_nothing_compiles_after_warm_up(llm):
     """Other lengths in the same buckets, and other values of every parameter."""
     llm.generate("warm up please", max_tokens=40)
     llm.generate(["warm", "up"], max_tokens=40)
+    llm.generate("warm up please", max_tokens=40, logprobs=1)
     with count_compilations() as compiled:
         for prompt in ("another prompt", "short one", "hi there you all"):
             llm.generate(prompt, max_tokens=35)
             llm.generate(prompt, WARM, top_k=3, top_p=0.5, min_p=0.1, seed=9)
+            llm.generate(prompt, GREEDY, logprobs=3)
             llm.generate(prompt, GREEDY, frequency_penalty=1.0, logit_bias={1: 2.0}, min_tokens=4)
             list(llm.stream(prompt, WARM, stop=["Q", "##"], stop_token_ids=[3, 4]))
         llm.generate(["one", "the other"], WARM, presence_penalty=1.0)
@@ -281,6 +305,11 @@ BAD_CALLS = {
     "empty chat": lambda llm: llm.chat([]),
     "nothing to score": lambda llm: llm.score(""),
     "stream of nothing": lambda llm: llm.stream(""),
+    "a number": lambda llm: llm.generate(5),
+    "nothing": lambda llm: llm.generate(None),
+    "a number in the list": lambda llm: llm.generate(["a", 5]),
+    "params as a dict": lambda llm: llm.generate("a", {"temperature": 1}),
+    "params as dicts": lambda llm: llm.generate(["a"], [{"temperature": 1}]),
 }
 
 

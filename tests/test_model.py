@@ -136,6 +136,16 @@ def reference_attention(q, k, v, start, scale, window, softcap):
     return out
 
 
+def split_cache(k, start, num_new, poison=1e4):
+    """A cache [B,K,S,H] that holds k up to `start` and rubbish behind; the new keys [B,T,K,H]."""
+    held = np.full_like(k, poison)
+    new = np.zeros((k.shape[0], num_new, k.shape[1], k.shape[3]))
+    for b, s in enumerate(start):
+        held[b, :, :s] = k[b, :, :s]
+        new[b] = k[b, :, s : s + num_new].swapaxes(0, 1)
+    return held, new
+
+
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 6, 7, 100])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -145,8 +155,9 @@ def test_cached_attention_is_its_definition(window, softcap, heads):
     q = rng.normal(size=(3, 3, num_heads, 8))
     k, v = rng.normal(size=(2, 3, num_kv, 12, 8))
     start = np.array([0, 5, 9])
+    (k_cache, k_new), (v_cache, v_new) = split_cache(k, start, 3), split_cache(v, start, 3)
     got = cached_attention(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        *(jnp.asarray(x, jnp.float32) for x in (q, k_new, v_new, k_cache, v_cache)),
         jnp.asarray(start, jnp.int32),
         scale=0.3,
         window=window,
@@ -157,18 +168,21 @@ def test_cached_attention_is_its_definition(window, softcap, heads):
 
 
 def test_cached_attention_refuses_what_does_not_fit():
-    q, k = jnp.zeros((1, 2, 4, 8)), jnp.zeros((1, 2, 6, 8))
-    start = jnp.zeros((1,), jnp.int32)
+    q, new, cache = jnp.zeros((1, 2, 4, 8)), jnp.zeros((1, 2, 2, 8)), jnp.zeros((1, 2, 6, 8))
+    good = {"q": q, "k": new, "v": new, "k_cache": cache, "v_cache": cache, "scale": 1.0}
+    good["start"] = jnp.zeros((1,), jnp.int32)
+    assert cached_attention(**good).shape == q.shape
+    three = jnp.zeros((1, 3, 6, 8))
     for bad in (
         {"impl": "cuda"},
         {"window": 0},
-        {"k": jnp.zeros((1, 3, 6, 8)), "v": jnp.zeros((1, 3, 6, 8))},
-        {"v": jnp.zeros((1, 2, 5, 8))},
+        {"k_cache": three, "v_cache": three},
+        {"v_cache": jnp.zeros((1, 2, 5, 8))},
+        {"k": jnp.zeros((1, 1, 2, 8))},
         {"start": jnp.zeros((2,), jnp.int32)},
     ):
-        arguments = {"q": q, "k": k, "v": k, "start": start, "scale": 1.0, **bad}
         with pytest.raises(UnsupportedError, match=r"impl|window|K|\[B"):
-            cached_attention(**arguments)
+            cached_attention(**{**good, **bad})
 
 
 def test_rotary_scalings_leave_fast_channels_and_stretch_slow_ones():

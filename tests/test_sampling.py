@@ -173,6 +173,12 @@ def test_greedy_rows_beside_sampled_ones_are_untouched():
     assert mixed[1].token_ids != greedy
 
 
+def test_end_tokens_by_the_dozen():
+    llm = tiny_llm()
+    out = llm.generate("abc", max_tokens=3, stop_token_ids=list(range(60)), min_tokens=3)
+    assert all(i >= 60 for i in out.token_ids)
+
+
 BAD = [
     {"max_tokens": 0},
     {"max_tokens": -1},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinfer.checkpoint.fields import MAX_VOCAB
 from jaxinfer.errors import CorruptFile, InvalidArgument
-from jaxinfer.sampling import SamplingParams
+from jaxinfer.sampling import MAX_STOP, SamplingParams
 
 # Their name -> ours. What is null, or absent, keeps our default.
 FIELDS = {
@@ -42,7 +43,9 @@ def eos_ids(config: Mapping[str, Any], *, where: str) -> tuple[int, ...]:
     """The end tokens that config.json or generation_config.json names: none, one or a list."""
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
+    if len(ids) > MAX_STOP // 2:  # the rest is for stop_token_ids
+        raise CorruptFile(f"{where}: eos_token_id lists {len(ids)} tokens, above {MAX_STOP // 2}")
     for i in ids:
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < MAX_VOCAB:
             raise CorruptFile(f"{where}: eos_token_id holds {i!r:.60}; expected token ids")
     return tuple(ids)

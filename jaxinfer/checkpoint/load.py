@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxinfer.checkpoint import generation_config, names, parameters
+from jaxinfer.checkpoint.fields import MAX_WIDTH
 from jaxinfer.checkpoint.gguf import GGUFFile
 from jaxinfer.checkpoint.gguf_config import config_from_gguf
 from jaxinfer.checkpoint.hf_config import config_from_hf
@@ -49,9 +50,9 @@ def load_checkpoint(path: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None) -
 def _load_gguf(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
     file = GGUFFile(path)
     factors = None
-    if "rope_freqs.weight" in file.shapes:
-        count = file.shapes["rope_freqs.weight"][0]
-        factors = file.read("rope_freqs.weight", 0, count, np.dtype(np.float32)).tolist()
+    shape = file.shapes.get("rope_freqs.weight", ())
+    if len(shape) == 1 and shape[0] <= MAX_WIDTH:  # any other, the config refuses by its shape
+        factors = file.read("rope_freqs.weight", 0, shape[0], np.dtype(np.float32)).tolist()
     config = config_from_gguf(file.metadata, file.shapes, where=path.name, rope_factors=factors)
     pieces = names.gguf_pieces(config, file.metadata["general.architecture"])
     names.check(config, pieces, file.shapes, path.name)

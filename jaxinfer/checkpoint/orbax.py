@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint import config_json
-from jaxinfer.checkpoint.fields import MAX_VOCAB, Fields
+from jaxinfer.checkpoint.fields import Fields
 from jaxinfer.checkpoint.generation_config import eos_ids
 from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, nest, placement, require_room
@@ -33,6 +32,7 @@ from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
 DESCRIPTION = "jaxinfer.json"
 WEIGHTS = "weights"
 FORMAT = 1
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 
 
 def is_orbax(path: Path) -> bool:
@@ -68,6 +68,11 @@ def save_orbax(folder: Path, checkpoint: Checkpoint) -> None:
         raise InvalidArgument(f"{label(folder)}: cannot be written: {error.strerror}") from error
 
 
+def stored_dtype(folder: Path) -> str:
+    """The dtype that the weights were saved in."""
+    return Fields(read_json(folder / DESCRIPTION), DESCRIPTION).choice("dtype", None, DTYPES)
+
+
 def load_orbax(folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
     """Load what `save_orbax` wrote; weights of another dtype are cast as they are read."""
     where = DESCRIPTION
@@ -76,8 +81,6 @@ def load_orbax(folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoi
     config = config_json.from_fields(fields.table("config"), where)
     sampling = _sampling(fields.get("sampling", {}), where)
     ends = eos_ids(fields.values, where=where)
-    if any(i >= MAX_VOCAB for i in ends):
-        raise fields.corrupt("eos_token_id", "token ids")
     params = _read_weights(folder / WEIGHTS, config, dtype, mesh)
     return Checkpoint(params, config, load_tokenizer(folder), sampling, ends)
 
@@ -102,7 +105,6 @@ def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None
         )
         for path, spec in specs.items()
     }
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells its life there
     with ocp.StandardCheckpointer() as reader:
         try:
             held = _shapes(reader.metadata(folder.absolute()).item_metadata)

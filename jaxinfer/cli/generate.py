@@ -63,6 +63,10 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument("a prompt is empty: give it some text")
     if values.stream and (len(prompts) > 1 or (values.n or 1) > 1 or values.json):
         raise InvalidArgument("--stream writes one text: give one prompt, no --n, no --json")
+    if values.stream and values.stats:
+        raise InvalidArgument("--stream writes text alone: leave out --stats, or --stream")
+    if values.logprobs is not None and not values.json:
+        raise InvalidArgument("--logprobs has no place in plain text: add --json")
     given: Any = {
         name: values[name].value for _, name, _ in SAMPLING if values[name].value is not None
     }

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+import jaxinfer
 from jaxinfer.errors import JaxinferError
 
 COMMANDS = ("generate", "convert", "bench")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 2 or argv[1] in HELP:
         print((__doc__ or "").strip())
         return 0 if len(argv) >= 2 else 2
+    if argv[1] == "--version":
+        print(jaxinfer.__version__)
+        return 0
     name, rest = argv[1], list(argv[2:])
     if name not in COMMANDS:
         return _complain(f"no command {name!r}; there are: {', '.join(COMMANDS)}")
@@ -48,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     except (flags.Error, JaxinferError) as error:
         return _complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain(f"out of memory: {error}: fewer or shorter prompts, or a smaller model")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout has gone: not a fault

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.errors import InvalidArgument
 
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # our name -> JAX's
@@ -14,9 +15,7 @@ DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # our name -> JAX's
 def define_model_flags(values: flags.FlagValues) -> None:
     """Define the flags on `values`."""
     to: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string(
-        "model", "smollm2-135m-instruct", "Alias, hf://org/name, folder or .gguf file.", **to
-    )
+    flags.DEFINE_string("model", DEFAULT_MODEL, "Alias, hf://org/name, folder or .gguf file.", **to)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
@@ -34,7 +33,7 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
         jax.config.update("jax_platforms", DEVICES[values.device])
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter from JAX without its CUDA plugin
         raise InvalidArgument(
             f"--device={values.device or 'default'} is not there: {error}"
         ) from error

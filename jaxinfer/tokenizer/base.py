@@ -97,9 +97,12 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([*map(stream.push, ids), stream.finish()])
 
-    def stream(self, *, skip_special: bool = True) -> Detokenizer:
-        """An incremental decoder: its pieces, joined, are what `decode` returns."""
-        return Detokenizer(self, skip_special=skip_special)
+    def stream(self, *, skip_special: bool = True, continues: bool = False) -> Detokenizer:
+        """An incremental decoder: its pieces, joined, are what `decode` returns.
+
+        Where it `continues` a text, the space in front of the first word is the text's own.
+        """
+        return Detokenizer(self, skip_special=skip_special, continues=continues)
 
     def id_to_token(self, token_id: int) -> str:
         """The token as the vocabulary spells it ("Ġthe", "▁the", "<0x0A>"), for display.
@@ -114,10 +117,10 @@ class Tokenizer:
 class Detokenizer:
     """Ids -> text, one id at a time; see `Tokenizer.stream`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, continues: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
-        self._strip = tokenizer.strips_space
+        self._strip = tokenizer.strips_space and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:

@@ -19,6 +19,8 @@ def cached_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
     start: jax.Array,
     *,
     scale: float,
@@ -26,13 +28,17 @@ def cached_attention(
     softcap: float | None = None,
     impl: Impl = "auto",
 ) -> jax.Array:
-    """Causal grouped-query attention of T new tokens a row over a cache of S slots.
+    """Causal grouped-query attention of T new tokens a row over a cache of S slots and each other.
+
+    The new keys and values come beside the cache and need not be in it: writing them there is then
+    nobody's input, and can be done in place.
 
     Args:
       q: [B,T,N,H] queries; query t of row b stands at position start[b] + t.
-      k, v: [B,K,S,H] keys and values, the new tokens' already written; K divides N. What stands in
-        slots beyond a query's position is ignored, but must be finite.
-      start: [B] int32, tokens that the cache held before the new ones.
+      k, v: [B,T,K,H] keys and values of the new tokens; K divides N.
+      k_cache, v_cache: [B,K,S,H] keys and values of position s in slot s. Slots start[b] and beyond
+        are ignored, but must be finite.
+      start: [B] int32, tokens that the cache holds.
       scale: multiplies q.k before the softmax.
       window: a query sees this many slots, its own included; None: all up to its own.
       softcap: cap * tanh(score / cap) on the scaled scores (Gemma 2, arXiv 2408.00118).
@@ -46,16 +52,23 @@ def cached_attention(
     """
     if impl not in ("auto", "xla"):
         raise UnsupportedError(f"impl={impl!r}: this op has 'auto' and 'xla'")
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+    if q.ndim != 4 or k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
         raise UnsupportedError(
-            f"q {q.shape} must be [B,T,N,H]; k {k.shape} and v {v.shape} [B,K,S,H]"
+            f"q {q.shape} must be [B,T,N,H], k_cache {k_cache.shape} and v_cache {v_cache.shape}"
+            " [B,K,S,H]"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[1]:
+    batch, num_new, num_heads, head_dim = q.shape
+    num_kv = k_cache.shape[1]
+    if k_cache.shape[::3] != (batch, head_dim) or num_heads % num_kv:
         raise UnsupportedError(
-            f"q {q.shape} and k {k.shape} differ in B or H, or K does not divide N"
+            f"q {q.shape} and k_cache {k_cache.shape} differ in B or H, or K does not divide N"
         )
+    if not k.shape == v.shape == (batch, num_new, num_kv, head_dim):
+        raise UnsupportedError(f"k {k.shape} and v {v.shape} must be [B,T,K,H]")
     if start.shape != q.shape[:1]:
         raise UnsupportedError(f"start {start.shape} must be [B] = {q.shape[:1]}")
     if window is not None and window < 1:
         raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
-    return cached_attention_reference(q, k, v, start, scale=scale, window=window, softcap=softcap)
+    return cached_attention_reference(
+        q, k, v, k_cache, v_cache, start, scale=scale, window=window, softcap=softcap
+    )
