@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ KNOWN = 90  # ids that the tokenizer knows; the others pad the logits and are ne
 WINDOW = 12
 NEW = 128  # greedy tokens
 MAX_KL = 1e-5
-# Of a logit, in standard deviations of the logits. Measured: below 4e-5 at 250 tokens; 2e-4 at 2,048,
-# where an angle of 2,000 radians in float32 has lost four of its seven digits.
+# Of a logit, in standard deviations of the logits. Measured: below 4e-5 at 250 tokens; 2e-4 at
+# 2,048, where an angle of 2,000 radians in float32 has lost four of its seven digits.
 MAX_ERROR = 5e-4
 
 BASE: dict[str, Any] = {
@@ -210,12 +209,10 @@ def open_pair(folder: Path) -> Pair:
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("family")
     save(random_model(*SETTINGS[request.param]), folder)
-    yield open_pair(folder)
+    return open_pair(folder)
 
 
 def random_ids(count: int) -> list[int]:

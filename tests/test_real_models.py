@@ -90,6 +90,7 @@ class Reference:
 
     def __init__(self, name: str, path: str) -> None:
         self.torch = pytest.importorskip("torch", reason=WHY)
+        self.torch.set_num_threads(1)  # more would spin while they wait, and starve jax's
         transformers = pytest.importorskip("transformers", reason=WHY)
         # What from_pretrained(gguf_file=...) calls, once; that one reads the file three times, at
         # up to ten seconds each, and wants the package accelerate.

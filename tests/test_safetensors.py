@@ -132,7 +132,7 @@ def test_hub_cache_links_to_its_blobs(tmp_path: Path) -> None:
 
 
 def test_hub_cache_links_to_blobs_shared_by_all_its_models(tmp_path: Path) -> None:
-    """The layout of huggingface_hub 2.4: a snapshot links to a blob that links to the shared one."""
+    """As huggingface_hub 2.4 lays it out: a link to a blob that is a link to the shared one."""
     tensors = {"w": np.ones((9, 3), np.float32)}
     repo = tmp_path / "models--org--name"
     for folder in (tmp_path / "blobs" / "ab", repo / "blobs", repo / "snapshots" / "1"):
