@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import jinja2.runtime
 
-MAX_SECONDS = 1.0  # for compiling and rendering together; real templates take milliseconds
+MAX_SECONDS = 1.0  # of the thread's CPU, compiling included; real templates take milliseconds
 MAX_CHARS = 1 << 20  # of the text, or of any one value, besides MAX_RATIO times the input
 MAX_RATIO = 16
 MAX_MADE = 16  # times the size of the text: the sum of all values made on the way

@@ -544,8 +544,8 @@ def test_bombs(name, monkeypatch):
 
 
 def test_the_limit_holds_in_any_thread():
-    """No signals: four threads at once, none of them the main one."""
-    start = time.monotonic()
+    """No signals: four threads at once, none of them the main one; each has a second of its own."""
+    start = time.process_time()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         bombs = [pool.submit(render, BOMBS["loops"]) for _ in range(3)]
         sound = pool.submit(render, QWEN)
@@ -553,7 +553,7 @@ def test_the_limit_holds_in_any_thread():
         for bomb in bombs:
             with pytest.raises(CorruptFile, match="longer than 1 s"):
                 bomb.result()
-    assert time.monotonic() - start < 2.5
+    assert time.process_time() - start < 4.5
 
 
 ESCAPES = [
