@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 
 import jaxinfer
-from jaxinfer.checkpoint import hf_families
-from jaxinfer.errors import CorruptFile, UnsupportedModel
+from jaxinfer.errors import CorruptFile
 from jaxinfer.generate import LLM
 
 WHY = "parity with the reference needs torch and transformers"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
-torch.set_num_threads(1)  # more would spin while they wait, and starve jax's
 
 VOCAB = 96  # V, the width of the logits
 KNOWN = 90  # ids that the tokenizer knows; the others pad the logits and are never chosen
@@ -141,12 +139,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mlp_bias": True, "layer_types": ["full_attention", "sliding_attention"]},
     ),
 }
-FIRST = list({name.split()[0]: name for name in reversed(SETTINGS)}.values())  # of each family
 
 
 def test_no_family_is_forgotten() -> None:
-    families = {name.removesuffix("_text") for name in hf_families.FAMILIES}
-    assert {*FIRST} == families
+    from jaxinfer.checkpoint.hf_families import FAMILIES
+
+    families = {name.removesuffix("_text") for name in FAMILIES}
+    assert {name.split()[0] for name in SETTINGS} == families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,15 +243,9 @@ def test_logits_around_the_window(pair: Pair) -> None:
 def test_logits_far_beyond_the_window_and_the_first_context(pair: Pair) -> None:
     """250 tokens; 2,048 where the model reads as many. Scaled ropes were first trained on 32."""
     ids = random_ids(2048 if pair.llm.max_len == 2048 else 250)
-    logits = pair.logits(ids)
-    compare(pair.llm.forward(ids).logits[0], logits)
-    if len(ids) == 2048:  # and in chunks, through the cache
-        logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-        known = logprobs[np.arange(2047), ids[1:]]
-        np.testing.assert_allclose(pair.llm.score(ids), known, rtol=0, atol=MAX_ERROR)
+    compare(pair.llm.forward(ids).logits[0], pair.logits(ids))
 
 
-@pytest.mark.parametrize("pair", [*FIRST, "qwen2 upper layers slide, tied"], indirect=True)
 def test_cache_equals_no_cache(pair: Pair) -> None:
     """Greedy tokens, against what one forward without a cache would have chosen at each place."""
     prompt = random_ids(100)
@@ -291,11 +284,6 @@ def test_gemma3_with_vision_is_its_text_part(tmp_path: Path) -> None:
     pair = Pair(model.eval(), jaxinfer.load(tmp_path, dtype="float32"))
     ids = [i % (VOCAB - 1) for i in random_ids(250)]  # without the image's own token
     compare(pair.llm.forward(ids).logits[0], pair.logits(ids))
-    # The class with vision drops this cap, the class without applies it: neither can be trusted.
-    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
-    edit_config(tmp_path, text_config=text | {"final_logit_softcapping": 4.0})
-    with pytest.raises(UnsupportedModel, match=r"text_config\.final_logit_softcapping"):
-        jaxinfer.load(tmp_path)
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
