@@ -12,6 +12,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -160,44 +161,7 @@ class Block(nn.Module):
         y = RMSNorm(c, name="mlp_norm")(x) if c.pre_norm else x
         y = MLP(c, name="mlp")(y)
         x = x + (RMSNorm(c, name="mlp_post_norm")(y) if c.post_norm else y)
-        self.sow("intermediates", "hidden", x)  # kept only where the caller asks, see `forward`
         return x, cache
-
-
-class Transformer(nn.Module):
-    """A decoder-only transformer; `__call__` is the forward, `head` the logits."""
-
-    config: ModelConfig
-
-    def setup(self) -> None:
-        c = self.config
-        self.embed = Embedding(c)
-        self.blocks = [Block(c, layer, name=f"layer_{i}") for i, layer in enumerate(c.layers)]
-        self.final_norm = RMSNorm(c)
-        if not c.tied:
-            self.output = Embedding(c, name="head")
-
-    def __call__(
-        self, tokens: jax.Array, num_new: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        c = self.config
-        start = cache.lengths
-        positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
-        # Layers that share a rope share its tables.
-        ropes = {layer.rope for layer in c.layers if layer.rope is not None}
-        turns: dict[Any, Any] = {rope: rotary.tables(rope, positions) for rope in ropes}
-        x = self.embed(tokens)
-        layers = []
-        for block, layer, kv in zip(self.blocks, c.layers, cache.layers, strict=True):
-            x, kv = block(x, turns.get(layer.rope), start, num_new, kv)
-            layers.append(kv)
-        return self.final_norm(x), KVCache(tuple(layers), start + num_new)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Hidden [B,T,D] -> logits [B,T,V] float32."""
-        y = (self.embed if self.config.tied else self.output).attend(hidden)
-        cap = self.config.logit_softcap
-        return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 class Embedding(nn.Module):
@@ -236,8 +200,8 @@ def forward(
     Returns:
       hidden [B,T,D] behind the final norm, and the cache with lengths + num_new.
     """
-    out: Any = Transformer(config).apply({"params": params}, tokens, num_new, cache)
-    return out
+    hidden, cache, _ = forward_with_states(params, tokens, num_new, cache, config=config)
+    return hidden, cache
 
 
 def forward_with_states(
@@ -247,20 +211,50 @@ def forward_with_states(
     cache: KVCache,
     *,
     config: ModelConfig,
-    layers: tuple[int, ...],
+    layers: tuple[int, ...] = (),
 ) -> tuple[jax.Array, KVCache, dict[int, jax.Array]]:
     """`forward`, and the residual stream [B,T,D] behind each of `layers`, for research."""
-    (hidden, cache), extra = Transformer(config).apply(
-        {"params": params}, tokens, num_new, cache, mutable=["intermediates"]
-    )
-    sown = extra["intermediates"]
-    return hidden, cache, {i: sown[f"layer_{i}"]["hidden"][0] for i in layers}
+    start = cache.lengths
+    positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
+    # Layers that share a rope share its tables.
+    ropes = {layer.rope for layer in config.layers if layer.rope is not None}
+    turns: dict[Any, Any] = {rope: rotary.tables(rope, positions) for rope in ropes}
+    x: Any = Embedding(config).apply({"params": params["embed"]}, tokens)
+    states, held = {}, []
+    for i, (layer, kv) in enumerate(zip(config.layers, cache.layers, strict=True)):
+        rope = turns.get(layer.rope)
+        weights = params[f"layer_{i}"]
+        x, kv = _block(weights, x, rope, start, num_new, kv, config=config, layer=layer)
+        held.append(kv)
+        if i in layers:
+            states[i] = x
+    hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    return hidden, KVCache(tuple(held), start + num_new), states
+
+
+# Jitted on its own so that like layers are traced once, not L times; XLA inlines them all the same.
+@partial(jax.jit, static_argnames=("config", "layer"))
+def _block(
+    params: Params,
+    x: jax.Array,  # [B,T,D]
+    rope: tuple[jax.Array, jax.Array] | None,
+    start: jax.Array,  # [B]
+    num_new: jax.Array,  # [B]
+    cache: LayerCache,
+    *,
+    config: ModelConfig,
+    layer: LayerConfig,
+) -> tuple[jax.Array, LayerCache]:
+    out: Any = Block(config, layer).apply({"params": params}, x, rope, start, num_new, cache)
+    return out
 
 
 def head(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits [B,T,V] float32 of hidden [B,T,D]; call it only for positions that somebody needs."""
-    logits: Any = Transformer(config).apply({"params": params}, hidden, method="head")
-    return logits
+    table = params["embed" if config.tied else "head"]
+    y: Any = Embedding(config).apply({"params": table}, hidden, method="attend")
+    cap = config.logit_softcap
+    return y if cap is None else cap * jnp.tanh(y / cap)
 
 
 class ParamSpec(NamedTuple):
@@ -272,20 +266,22 @@ class ParamSpec(NamedTuple):
 
 def param_specs(config: ModelConfig) -> Any:
     """The parameter tree with a `ParamSpec` at each leaf; no array is made."""
+    x = jnp.zeros((1, 1, config.width))
+    one = jnp.zeros((1,), jnp.int32)
+    cache = init_cache(config, 1, 1, x.dtype).layers[0]
 
-    def init() -> Any:
-        def both(model: Transformer, *args: Any) -> jax.Array:
-            return model.head(model(*args)[0])
+    def specs(module: nn.Module, *args: Any) -> Any:
+        def spec(box: nn.Partitioned) -> ParamSpec:
+            return ParamSpec(box.value.shape, "".join(map(str, box.names)))
 
-        one = jnp.zeros((1,), jnp.int32)
-        cache = init_cache(config, 1, 1, jnp.float32)
-        return Transformer(config).init(jax.random.key(0), one[None], one, cache, method=both)
+        boxes = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+        return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
-    def spec(box: nn.Partitioned) -> ParamSpec:
-        return ParamSpec(box.value.shape, "".join(map(str, box.names)))
-
-    boxes = jax.eval_shape(init)["params"]
-    return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    # The parameters of a layer depend on the model's config alone, never on its LayerConfig.
+    block = specs(Block(config, LayerConfig()), x, None, one, one, cache)
+    tree = {"embed": specs(Embedding(config), one[None]), "final_norm": specs(RMSNorm(config), x)}
+    tree |= {f"layer_{i}": block for i in range(config.num_layers)}
+    return tree if config.tied else {**tree, "head": tree["embed"]}
 
 
 def param_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:

@@ -124,7 +124,8 @@ def test_n_samples(llm):
     three = llm.generate("abc", WARM, n=3)
     assert len({tuple(o.token_ids) for o in three}) == 3
     assert three[0].token_ids == llm.generate("abc", WARM).token_ids
-    both = llm.generate(["abc", "de"], [WARM, SamplingParams(max_tokens=2, n=2, temperature=1.0)])
+    two = SamplingParams(max_tokens=2, n=2, temperature=1.0, ignore_eos=True)
+    both = llm.generate(["abc", "de"], [WARM, two])
     assert isinstance(both[0], GenerationOutput)
     assert [len(o.token_ids) for o in both[1]] == [2, 2]
 
@@ -327,6 +328,18 @@ def test_prompts_beyond_the_context(llm):
         llm.score([1] * 513)
     out = llm.generate([1] * 511, GREEDY)  # room for one
     assert (len(out.token_ids), out.finish_reason) == (1, "length")
+
+
+def test_a_container_has_less_memory_than_the_host(tmp_path):
+    from jaxinfer import memory
+
+    assert memory.container_bytes(tmp_path, 77) == 77
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 50\n")
+    assert memory.container_bytes(tmp_path, 77) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.container_bytes(tmp_path, 77) == 77
 
 
 def test_no_memory_is_said_in_bytes(llm, monkeypatch):
