@@ -1,10 +1,11 @@
-"""The loop: one batch of token ids from prefill to its last token. Text is no concern of it."""
+"""One batch of token ids from prefill to its last token, as the host sees it. Text comes later."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,21 @@ from jax.sharding import Mesh
 from jaxinfer import cache, memory, sharding, steps
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params
-from jaxinfer.outputs import TokenLogprob
+from jaxinfer.outputs import Stats, TokenLogprob
 from jaxinfer.requests import Request
 from jaxinfer.sampling import MAX_LOGPROBS, sampling_rows
+from jaxinfer.speculative import round as speculative
+from jaxinfer.speculative.costs import Costs
+from jaxinfer.speculative.drafter import NoDrafter
+from jaxinfer.speculative.pace import new_pace
+from jaxinfer.speculative.speculation import Speculation
+
+
+class New(NamedTuple):
+    """What a look at a running row finds."""
+
+    token_ids: list[int]
+    drafted: list[bool]  # which of them a draft had offered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +62,100 @@ class Model:
             self.devices,
         )
 
+    def narrow(self, batch: int) -> int:
+        """The cheapest T for one token a row: XLA:CPU runs a bfloat16 matrix times one row ten
+        times slower than times two."""
+        alone = batch == 1 and self.devices[0].platform == "cpu"
+        return 2 if alone and self.dtype == jnp.bfloat16 else 1
+
     def rows(self, count: int) -> int:
         """Batch size that holds `count` rows: a power of two, and a multiple of the data axis."""
         data = self.mesh.shape["data"] if self.mesh else 1
         return data * (1 << (-(-count // data) - 1).bit_length())
 
 
+def capacity_of(rows: Sequence[Request], speculation: Speculation) -> int:
+    """Cache slots for these rows, to begin with.
+
+    A plain row may end early, so its cache starts small and grows. A drafter's state does not grow,
+    and in exact mode a growth would come at another token than without a draft.
+    """
+    whole = speculation.exact or not isinstance(speculation.drafter, NoDrafter)
+    return steps.capacity_for(
+        max(r.limit if whole else min(r.limit, len(r.prompt) + 64) for r in rows)
+    )
+
+
+def new_run(
+    model: Model,
+    speculation: Speculation,
+    plan: speculative.Plan,
+    costs: Costs,
+    *,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    capacity: int,
+    logprobs: bool,
+) -> speculative.Run:
+    """A batch before its prefill."""
+    size, width = len(prompts), speculation.drafter.max_draft
+    tokens = np.zeros((size, capacity), np.int32)
+    for b, prompt in enumerate(prompts):
+        tokens[b, : len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    top = (size, capacity, min(MAX_LOGPROBS, model.config.vocab_size))
+    state = steps.State(
+        tokens=jnp.asarray(tokens),
+        num_tokens=jnp.asarray(lengths),
+        prompt=jnp.asarray(lengths),
+        limit=jnp.asarray(limits, jnp.int32),
+        done=jnp.asarray(lengths >= np.array(limits)),
+        drafted=jnp.zeros((size, capacity), bool),
+        cache=model.new_cache(size, capacity),
+        logprobs=steps.LogProbs(
+            jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32)
+        )
+        if logprobs
+        else None,
+    )
+    counts = speculative.Counts(
+        rounds=jnp.zeros((size,), jnp.int32),
+        drafted=jnp.zeros((size,), jnp.int32),
+        accepted=jnp.zeros((size, width), jnp.int32),
+        widths=jnp.zeros((len(plan.widths),), jnp.int32),
+    )
+    own = speculation.drafter.init(size, capacity)
+    pace = new_pace(size, *costs.by_length(width, plan.widths))
+    return speculative.Run(state, own, pace, counts)
+
+
 class Batch:
     """Rows that run together. Call `prefill`, then `advance` until all have ended."""
 
-    def __init__(self, model: Model, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, model: Model, requests: Sequence[Request], speculation: Speculation, costs: Costs
+    ) -> None:
         self.model = model
         self.requests = requests
+        self.speculation = speculation
+        self.costs = costs
         self.started = time.perf_counter()
         self.first_token_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         idle = dataclasses.replace(requests[0], prompt=[0], limit=1)  # pads the batch, never runs
         rows = [*requests, *[idle] * (model.rows(len(requests)) - len(requests))]
         self._lengths = np.array([len(r.prompt) for r in rows])
         self._done = np.array([len(r.prompt) >= r.limit for r in rows])
-        self._limit = np.array([r.limit for r in rows])
+        self.plan = speculation.plan(model.narrow(len(rows)))
 
-        capacity = steps.capacity_for(max(min(r.limit, len(r.prompt) + 64) for r in rows))
-        tokens = np.zeros((len(rows), capacity), np.int32)
-        for b, r in enumerate(rows):
-            tokens[b, : len(r.prompt)] = r.prompt
-        self.state = steps.State(
-            tokens=jnp.asarray(tokens),
-            num_tokens=jnp.asarray(self._lengths, jnp.int32),
-            prompt=jnp.asarray(self._lengths, jnp.int32),
-            limit=jnp.asarray(self._limit, jnp.int32),
-            done=jnp.asarray(self._done),
-            cache=model.new_cache(len(rows), capacity),
-            logprobs=self._logprobs(len(rows), capacity),
+        self.run = new_run(
+            model,
+            speculation,
+            self.plan,
+            costs,
+            prompts=[r.prompt for r in rows],
+            limits=[r.limit for r in rows],
+            capacity=capacity_of(rows, speculation),
+            logprobs=any(r.params.logprobs is not None for r in requests),
         )
         self.sampling = sampling_rows(
             [r.params for r in rows],
@@ -90,79 +165,72 @@ class Batch:
             vocab_limit=model.vocab_limit,
         )
 
-    def _logprobs(self, batch: int, capacity: int) -> steps.LogProbs | None:
-        asked = [r.params.logprobs for r in self.requests if r.params.logprobs is not None]
-        if not asked:
-            return None
-        top = (batch, capacity, min(MAX_LOGPROBS, self.model.config.vocab_size))
-        return steps.LogProbs(
-            jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32)
-        )
-
     def prefill(self) -> None:
         """Put the prompts into the cache, in chunks of a few fixed widths."""
         begin = time.perf_counter()
-        longest, fed = int(self._lengths.max()) - 1, 0  # the last token waits for the first step
+        longest, fed = int(self._lengths.max()) - 1, 0  # the last token waits for the first round
         while fed < longest:
             width = steps.bucket(longest - fed, steps.PREFILL_WIDTHS)
-            self.state = steps.prefill(
-                self.model.params, self.state, config=self.model.config, width=width
+            self.run = speculative.prefill(
+                self.model.params,
+                self.run,
+                self.speculation.drafter,
+                config=self.model.config,
+                width=width,
             )
             fed += width
-        jax.block_until_ready(self.state)
+        jax.block_until_ready(self.run)
         self.prefill_seconds = time.perf_counter() - begin
 
-    def advance(self, max_steps: int) -> list[list[int]]:
-        """Run up to `max_steps` steps; the new token ids of each request."""
+    def advance(self, max_new: int) -> list[New]:
+        """Run rounds until a row has `max_new` more tokens; what is new in each request's row."""
         begin = time.perf_counter()
         before = self._lengths
-        room = self.state.tokens.shape[1] - int(before[~self._done].max(initial=0))
-        if room <= 0:
+        if (self._lengths[~self._done] >= self.run.state.tokens.shape[1]).any():
             self._grow()
-            room = self.state.tokens.shape[1] - int(before.max())
-        self.state = steps.decode(
+        self.run = speculative.rounds(
             self.model.params,
-            self.state,
+            self.run,
             self.sampling,
-            jnp.int32(min(max_steps, room)),
+            self.speculation.drafter,
+            jnp.int32(max_new),
             config=self.model.config,
-            width=self._decode_width(),
+            plan=self.plan,
         )
-        tokens, self._lengths, self._done = jax.device_get(
-            (self.state.tokens, self.state.num_tokens, self.state.done)
+        state = self.run.state
+        tokens, drafted, self._lengths, self._done = jax.device_get(
+            (state.tokens, state.drafted, state.num_tokens, state.done)
         )
         now = time.perf_counter()
         self.decode_seconds += now - begin
         if not self.first_token_seconds:
             self.first_token_seconds = now - self.started
-        spans = zip(tokens, before, self._lengths, strict=True)
-        return [row[a:b].tolist() for row, a, b in spans][: len(self.requests)]
-
-    def _decode_width(self) -> int:
-        # XLA:CPU runs a bfloat16 matrix times one row ten times slower than times two.
-        alone = self.state.tokens.shape[0] == 1 and self.model.devices[0].platform == "cpu"
-        return 2 if alone and self.model.dtype == jnp.bfloat16 else 1
+        spans = [slice(a, b) for a, b in zip(before, self._lengths, strict=True)]
+        rows = zip(tokens, drafted, spans, strict=True)
+        new = [New(ids[span].tolist(), marks[span].tolist()) for ids, marks, span in rows]
+        return new[: len(self.requests)]
 
     def _grow(self) -> None:
-        capacity = 2 * self.state.tokens.shape[1]
-        self.model.require_cache(self.state.tokens.shape[0], capacity)
-        self.state = steps.grow(self.state, capacity=capacity)
+        state = self.run.state
+        capacity = 2 * state.tokens.shape[1]
+        self.model.require_cache(state.tokens.shape[0], capacity)
+        state = steps.grow(state, config=self.model.config, capacity=capacity)
+        self.run = dataclasses.replace(self.run, state=state)
 
     def stop(self, row: int) -> None:
         """End a row early: its text met a stop string."""
         self._done = self._done.copy()
         self._done[row] = True
-        self.state = dataclasses.replace(self.state, done=jnp.asarray(self._done))
+        state = dataclasses.replace(self.run.state, done=jnp.asarray(self._done))
+        self.run = dataclasses.replace(self.run, state=state)
 
     def logprobs(self, row: int, count: int) -> list[TokenLogprob] | None:
         """Log-probabilities of the first `count` new tokens of a row, if it asked for them."""
-        request = self.requests[row]
-        if request.params.logprobs is None or self.state.logprobs is None:
+        request, state = self.requests[row], self.run.state
+        if request.params.logprobs is None or state.logprobs is None:
             return None
         # Whole rows to the host first: a slice on the device is a program a length.
-        row_of = jax.tree.map(
-            lambda x: np.asarray(x)[row], (self.state.tokens, self.state.logprobs)
-        )
+        row_of = jax.tree.map(lambda x: np.asarray(x)[row], (state.tokens, state.logprobs))
         new = slice(len(request.prompt), len(request.prompt) + count)
         ids = row_of[0][new].tolist()
         chosen, top, top_ids = (x[new].tolist() for x in row_of[1])
@@ -171,3 +239,24 @@ class Batch:
             TokenLogprob(i, c, dict(zip(ti[:k], t[:k], strict=True)))
             for i, c, t, ti in zip(ids, chosen, top, top_ids, strict=True)
         ]
+
+    def stats(self, row: int, count: int) -> Stats:
+        """Counts of a row that ends with `count` new tokens, and the batch's times."""
+        done: speculative.Counts = jax.device_get(self.run.counts)
+        draft, verify = self.costs.split(self.decode_seconds, done.widths, self.plan.widths)
+        accepted = done.accepted[row].tolist()
+        return Stats(
+            prompt_tokens=len(self.requests[row].prompt),
+            new_tokens=count,
+            first_token_seconds=self.first_token_seconds,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            tokens_per_second=count / self.decode_seconds,
+            rounds=int(done.rounds[row]),
+            drafted=int(done.drafted[row]),
+            accepted=sum(accepted),
+            accepted_by_position=accepted,
+            tokens_per_round=count / max(1, int(done.rounds[row])),
+            draft_seconds=draft,
+            verify_seconds=verify,
+        )

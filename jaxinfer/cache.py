@@ -1,18 +1,25 @@
 """`KVCache`: what attention remembers, one pytree with a length a row.
 
-Row b holds `lengths[b]` tokens in slots 0 .. lengths[b]-1; slots beyond hold stale numbers that no
-mask lets through. So ragged batches, refused drafts (`rewind`) and idle rows are only `lengths`.
+Row b holds `lengths[b]` tokens. A layer with S slots keeps position p in slot p mod S, so a slot
+holds the latest of its positions below the length; what is older has been written over. A layer
+without a window has room for every token and never wraps around. A layer with a window needs only
+the last of them, so it is a ring of window + MAX_BLOCK slots however long the text: a forward
+writes at most MAX_BLOCK tokens before they may be refused, so after any `rewind` the window is
+still whole. Ragged batches, refused drafts and idle rows are nothing but `lengths`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import LayerConfig, ModelConfig
+
+MAX_BLOCK = 512  # T, most tokens a row that one forward may feed where a layer has a window
 
 
 class LayerCache(NamedTuple):
@@ -24,11 +31,12 @@ class LayerCache(NamedTuple):
     def append(
         self, k: jax.Array, v: jax.Array, start: jax.Array, num_new: jax.Array
     ) -> LayerCache:
-        """Write k, v [B,T,K,H] of row b at slots start[b] ..; only its first num_new[b] tokens."""
+        """Write k, v [B,T,K,H] of row b at positions start[b] ..; only its first num_new[b]."""
+        size = self.k.shape[2]
         t = jnp.arange(k.shape[1])
-        slots = jnp.where(t < num_new[:, None], start[:, None] + t, self.k.shape[2])  # [B,T]
-        rows = jnp.arange(k.shape[0])[:, None]
         # Slot S lies outside: those writes are dropped, so padding never touches a live slot.
+        slots = jnp.where(t < num_new[:, None], (start[:, None] + t) % size, size)  # [B,T]
+        rows = jnp.arange(k.shape[0])[:, None]
         return LayerCache(
             self.k.at[rows, :, slots].set(k.astype(self.k.dtype), mode="drop"),
             self.v.at[rows, :, slots].set(v.astype(self.v.dtype), mode="drop"),
@@ -40,15 +48,9 @@ class LayerCache(NamedTuple):
 class KVCache:
     """The cache of every layer; an argument and a result of the forward."""
 
-    layers: tuple[
-        LayerCache, ...
-    ]  # L of them: separate leaves, since a stacked one would be copied
+    # L of them: separate leaves, since a stacked one would be copied.
+    layers: tuple[LayerCache, ...]
     lengths: jax.Array  # [B] int32, tokens held
-
-    @property
-    def capacity(self) -> int:
-        """S, slots a row."""
-        return self.layers[0].k.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -56,26 +58,45 @@ class KVCache:
         return sum(x.nbytes for x in jax.tree.leaves(self.layers))
 
     def rewind(self, num: jax.Array) -> KVCache:
-        """Forget the last num[b] tokens of row b: a subtraction, never a copy."""
+        """Forget the last num[b] tokens of row b: a subtraction, never a copy.
+
+        They must be among the last MAX_BLOCK that were written.
+        """
         return dataclasses.replace(self, lengths=self.lengths - num)
 
-    def grow(self, capacity: int) -> KVCache:
-        """A copy with room for `capacity` tokens a row."""
-        extra = capacity - self.capacity
-        pad = [(0, 0), (0, 0), (0, extra), (0, 0)]
-        layers = jax.tree.map(lambda x: jnp.pad(x, pad), self.layers)
+    def grow(self, config: ModelConfig, capacity: int) -> KVCache:
+        """A copy with room for `capacity` tokens a row. A ring that is full stays as it is."""
+
+        def pad(x: jax.Array, layer: LayerConfig) -> jax.Array:
+            extra = layer_slots(layer, capacity) - x.shape[2]
+            return jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)])
+
+        layers = tuple(
+            LayerCache(pad(kv.k, layer), pad(kv.v, layer))
+            for kv, layer in zip(self.layers, config.layers, strict=True)
+        )
         return dataclasses.replace(self, layers=layers)
 
 
-def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, int, int, int]:
-    """Shape [B,K,S,H] of one layer's keys."""
-    return (batch, config.num_kv_heads, capacity, config.head_dim)
+def layer_slots(layer: LayerConfig, capacity: int) -> int:
+    """S, slots of a layer in a cache for so many tokens."""
+    return capacity if layer.window is None else min(capacity, layer.window + MAX_BLOCK)
+
+
+def cache_shapes(
+    config: ModelConfig, batch: int, capacity: int
+) -> list[tuple[int, int, int, int]]:
+    """Shape [B,K,S,H] of each layer's keys."""
+    return [
+        (batch, config.num_kv_heads, layer_slots(layer, capacity), config.head_dim)
+        for layer in config.layers
+    ]
 
 
 def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> int:
     """Bytes of keys and values of all layers."""
-    b, k, s, h = cache_shape(config, batch, capacity)
-    return 2 * config.num_layers * b * k * s * h * jnp.dtype(dtype).itemsize
+    numbers = sum(math.prod(shape) for shape in cache_shapes(config, batch, capacity))
+    return 2 * numbers * jnp.dtype(dtype).itemsize
 
 
 def init_cache(
@@ -86,10 +107,10 @@ def init_cache(
     sharding: jax.sharding.Sharding | None = None,
 ) -> KVCache:
     """An empty cache. Zeros, not uninitialised memory: a masked NaN times zero is still NaN."""
-    shape = cache_shape(config, batch, capacity)
 
-    def zeros() -> jax.Array:  # one buffer each: the same buffer donated twice is an error
+    def zeros(shape: tuple[int, ...]) -> jax.Array:  # one buffer each: donating one twice fails
         return jnp.zeros(shape, dtype, device=sharding)
 
-    layers = tuple(LayerCache(zeros(), zeros()) for _ in config.layers)
+    shapes = cache_shapes(config, batch, capacity)
+    layers = tuple(LayerCache(zeros(shape), zeros(shape)) for shape in shapes)
     return KVCache(layers, jnp.zeros((batch,), jnp.int32))

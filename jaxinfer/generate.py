@@ -1,14 +1,14 @@
 """What users touch: `load` and `LLM` with generate, stream, chat, score and forward.
 
-Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the loop),
-`steps.py` (the jitted steps), `model.py` (the forward), `cache.py`, `sampling.py`.
+Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the host's side of a batch),
+`speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`, `sampling.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import scoring, steps
-from jaxinfer.batch import Batch, Model
+from jaxinfer.batch import Batch, Model, capacity_of
+from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.config import ModelConfig
+from jaxinfer.drafters import NAMES, check_drafter, make_drafter
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
-from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece, Stats
+from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece
 from jaxinfer.requests import Request, make_requests
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.speculative.costs import Costs
+from jaxinfer.speculative.drafter import Drafter, NoDrafter
+from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
 
@@ -35,13 +40,18 @@ Prompt = str | Sequence[int]  # text or token ids
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 OneOrEach = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
 
+DrafterLike = Any  # what LLM.speculation takes: a name, a Drafter, an LLM or None
+
 
 def load(
     name: str | Path = DEFAULT_MODEL,
     *,
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
-    drafter: None = None,
+    drafter: DrafterLike = None,
+    num_draft: int | Literal["auto"] | None = None,
+    verifier: Verifier = "auto",
+    exact: bool = False,
     max_len: int | None = None,
     max_batch: int = 32,
     cache_dir: str | Path | None = None,
@@ -54,7 +64,10 @@ def load(
       dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
         Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
-      drafter: None, plain decoding; there is no speculation yet.
+      drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
+      num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
+      verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
+      exact: with and without a drafter the output is the same bits, at the cost of some speed.
       max_len: context in tokens; None: the model's own.
       max_batch: most rows that run at once; more prompts run in turns.
       cache_dir: where downloads and compiled programs are kept; None: JAXINFER_CACHE, else
@@ -65,8 +78,6 @@ def load(
     """
     if max_len is not None and max_len < 2:
         raise InvalidArgument(f"max_len={max_len}: must be 2 or more")
-    if drafter is not None:
-        raise InvalidArgument(f"drafter={drafter!r}: this version decodes plainly; leave it out")
     from jaxinfer.checkpoint import hub
     from jaxinfer.checkpoint.load import load_checkpoint
     from jaxinfer.checkpoint.orbax import is_orbax, stored_dtype
@@ -76,7 +87,7 @@ def load(
     path = hub.resolve(str(name), cache=folder)
     kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
     checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
-    return LLM(
+    llm = LLM(
         checkpoint.params,
         checkpoint.config,
         checkpoint.tokenizer,
@@ -87,6 +98,10 @@ def load(
         default_params=checkpoint.default_params,
         eos_ids=checkpoint.eos_ids,
     )
+    if isinstance(drafter, str | Path) and drafter not in NAMES:
+        drafter = load(drafter, dtype=kind, mesh=mesh, cache_dir=cache_dir)
+    llm.default_speculation = llm.speculation(drafter, num_draft, verifier, exact)
+    return llm
 
 
 def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
@@ -100,7 +115,7 @@ def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
 
 
 class LLM:
-    """A model ready to generate. Immutable: every call is a function of its arguments."""
+    """A model ready to generate. Every call is a function of its arguments."""
 
     def __init__(
         self,
@@ -128,6 +143,8 @@ class LLM:
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
         self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit)
+        self.default_speculation = Speculation()
+        self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan and batch size
 
     @property
     def params(self) -> Params:
@@ -155,6 +172,11 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: OneOrEach = None,
+        *,
+        drafter: DrafterLike = "default",
+        num_draft: int | Literal["auto"] | None = None,
+        verifier: Verifier | None = None,
+        exact: bool | None = None,
         **overrides: Any,
     ) -> Any:
         """Continue prompts.
@@ -164,6 +186,8 @@ class LLM:
           params: one for all prompts or one each; None: the model's defaults. Under one `params`
             with a seed, the prompts of a list draw different random numbers; under a list of
             `params`, a row's text depends on its own alone.
+          drafter, num_draft, verifier, exact: as for `load`, for this call; left out, they are what
+            `load` was told.
           **overrides: fields of `SamplingParams` that replace those of `params`.
 
         Returns:
@@ -175,12 +199,14 @@ class LLM:
         """
         ids, single = self._token_ids(prompts)
         rows = self._requests(ids, params, overrides)
+        speculation = self.speculation(drafter, num_draft, verifier, exact)
         outputs: list[GenerationOutput | None] = [None] * len(rows)
         # Rows of like length share a batch: padding is the only cost of raggedness.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
         for first in range(0, len(order), self.max_batch):
             members = order[first : first + self.max_batch]
-            for index, piece_or_output in self._run([rows[i] for i in members], streaming=False):
+            run = self._run([rows[i] for i in members], speculation, streaming=False)
+            for index, piece_or_output in run:
                 if isinstance(piece_or_output, GenerationOutput):
                     outputs[members[index]] = piece_or_output
         return _regroup(outputs, rows, len(ids), single)
@@ -189,6 +215,11 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: OneOrEach = None,
+        *,
+        drafter: DrafterLike = "default",
+        num_draft: int | Literal["auto"] | None = None,
+        verifier: Verifier | None = None,
+        exact: bool | None = None,
         **overrides: Any,
     ) -> Iterator[Piece]:
         """`generate`, a piece of text at a time.
@@ -201,7 +232,10 @@ class LLM:
         rows = self._requests(ids, params, overrides)
         if len(rows) > self.max_batch:
             raise InvalidArgument(f"{len(rows)} rows to stream at once; max_batch={self.max_batch}")
-        return (item for _, item in self._run(rows, streaming=True) if isinstance(item, Piece))
+        run = self._run(
+            rows, self.speculation(drafter, num_draft, verifier, exact), streaming=True
+        )
+        return (item for _, item in run if isinstance(item, Piece))
 
     def chat(
         self,
@@ -226,24 +260,67 @@ class LLM:
             return encode_chat(self.tokenizer, messages, **template)
         return [encode_chat(self.tokenizer, m, **template) for m in messages]
 
+    def speculation(
+        self,
+        drafter: DrafterLike = "default",
+        num_draft: int | Literal["auto"] | None = None,
+        verifier: Verifier | None = None,
+        exact: bool | None = None,
+    ) -> Speculation:
+        """How tokens are to be made.
+
+        Args:
+          drafter: None, plain decoding; "ngram", lookup in prompt and output; "self", the model
+            with fewer layers; an LLM, a second model that drafts; a `Drafter`; "auto", which today
+            is n-gram lookup; "default", what `load` was told.
+          num_draft, verifier, exact: see `load`; None: what `load` was told.
+
+        Raises:
+          InvalidArgument: no such drafter, a draft length or a verifier that does not fit.
+        """
+        base = self.default_speculation
+        found = base.drafter if isinstance(drafter, str) and drafter == "default" else make_drafter(drafter, self.model, self.tokenizer)
+        if num_draft is not None and not isinstance(found, NoDrafter):
+            found = found.replace(num_draft=num_draft)
+        return Speculation(
+            found,
+            base.verifier if verifier is None else verifier,
+            base.exact if exact is None else exact,
+        )
+
+    def _costs_of(self, speculation: Speculation, rows: Sequence[Request]) -> Costs:
+        """Measured on first use; plain decoding needs none."""
+        if isinstance(speculation.drafter, NoDrafter):
+            return Costs()
+        size = self.model.rows(len(rows))
+        plan = speculation.plan(self.model.narrow(size))
+        key = (jax.tree.structure(speculation.drafter), plan, size)
+        if key not in self._costs:
+            capacity = capacity_of(rows, speculation)
+            check_drafter(self.model, speculation, size, capacity)
+            self._costs[key] = measure(self.model, speculation, size, capacity)
+        return self._costs[key]
+
     def _run(
-        self, rows: Sequence[Request], *, streaming: bool
+        self, rows: Sequence[Request], speculation: Speculation, *, streaming: bool
     ) -> Iterator[tuple[int, Piece | GenerationOutput]]:
         """Run rows together: (row, Piece) as text comes, (row, GenerationOutput) at its end."""
-        batch = Batch(self.model, rows)
+        batch = Batch(self.model, rows, speculation, self._costs_of(speculation, rows))
         writers = [TextWriter(self.tokenizer.stream(continues=True), r.params.stop) for r in rows]
         running = set(range(len(rows)))
         batch.prefill()
         shown = [0] * len(rows)  # tokens that a piece has already spoken of
+        marks: list[list[bool]] = [[] for _ in rows]  # which tokens were drafted
         look = STEPS_PER_LOOK_STOP if any(r.params.stop for r in rows) else STEPS_PER_LOOK
-        max_steps = 1  # the first token alone, so that its time is known
+        max_new = 1  # the first round alone, so that its time is known
         while running:
-            new = batch.advance(max_steps)
-            max_steps = 1 if streaming else look
+            new = batch.advance(max_new)
+            max_new = 1 if streaming else look
             for row in sorted(running):
                 request, writer = rows[row], writers[row]
                 text = ""
-                for token in new[row]:
+                marks[row] += new[row].drafted
+                for token in new[row].token_ids:
                     text += writer.push(token, silent=token in request.stop_ids)
                     if writer.stopped:
                         batch.stop(row)
@@ -253,7 +330,8 @@ class LLM:
                     running.discard(row)
                     text += writer.finish()
                 if text or reason:
-                    yield row, Piece(text, row, writer.token_ids[shown[row] :], reason)
+                    ids = writer.token_ids[shown[row] :]
+                    yield row, Piece(text, row, ids, marks[row][shown[row] :][: len(ids)], reason)
                     shown[row] = len(writer.token_ids)
                 if reason:
                     yield row, _output(batch, row, writer, reason)
@@ -345,16 +423,12 @@ def _finish_reason(request: Request, writer: TextWriter) -> FinishReason | None:
 
 def _output(batch: Batch, row: int, writer: TextWriter, reason: FinishReason) -> GenerationOutput:
     count = len(writer.token_ids)
-    stats = Stats(
-        prompt_tokens=len(batch.requests[row].prompt),
-        new_tokens=count,
-        first_token_seconds=batch.first_token_seconds,
-        prefill_seconds=batch.prefill_seconds,
-        decode_seconds=batch.decode_seconds,
-        tokens_per_second=count / batch.decode_seconds,
-    )
     return GenerationOutput(
-        writer.text, writer.token_ids, reason, stats, batch.logprobs(row, count)
+        writer.text,
+        writer.token_ids,
+        reason,
+        batch.stats(row, count),
+        batch.logprobs(row, count),
     )
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import rotary
-from jaxinfer.cache import KVCache, LayerCache, init_cache
+from jaxinfer.cache import MAX_BLOCK, KVCache, LayerCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from pallas_kernels.cached_attention.api import cached_attention
 
@@ -85,6 +85,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     layer: LayerConfig
+    write_first: bool
 
     @nn.compact
     def __call__(
@@ -105,19 +106,19 @@ class Attention(nn.Module):
             k = RMSNorm(c, "KH" if full else "H", name="k_norm")(k)
         if rope is not None:
             q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
-        y = cached_attention(
-            q,
-            k,
-            v,
-            cache.k,
-            cache.v,
-            start,
+        attend = partial(
+            cached_attention,
             scale=c.attention_scale,
             window=self.layer.window,
             softcap=c.attention_softcap,
         )
-        # The cache is written once it has been read: XLA would else copy it to be safe.
-        cache = cache.append(k, v, _after(start, y), num_new)
+        if self.write_first:
+            cache = cache.append(k, v, start, num_new)
+            y = attend(q, None, None, cache.k, cache.v, start)
+        else:
+            y = attend(q, k, v, cache.k, cache.v, start)
+            # The cache is written once it has been read: XLA would else copy it to be safe.
+            cache = cache.append(k, v, _after(start, y), num_new)
         return Linear(c, "D", "NH", c.out_bias, name="out")(y), cache
 
 
@@ -144,6 +145,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     layer: LayerConfig
+    write_first: bool
 
     @nn.compact
     def __call__(
@@ -156,7 +158,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         y = RMSNorm(c, name="attn_norm")(x) if c.pre_norm else x
-        y, cache = Attention(c, self.layer, name="attn")(y, rope, start, num_new, cache)
+        y, cache = Attention(c, self.layer, self.write_first, name="attn")(y, rope, start, num_new, cache)
         x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norm else y)
         y = RMSNorm(c, name="mlp_norm")(x) if c.pre_norm else x
         y = MLP(c, name="mlp")(y)
@@ -186,7 +188,13 @@ def _param(module: Any, name: str, axes: str, init: Callable[..., Any]) -> jax.A
 
 
 def forward(
-    params: Params, tokens: jax.Array, num_new: jax.Array, cache: KVCache, *, config: ModelConfig
+    params: Params,
+    tokens: jax.Array,
+    num_new: jax.Array,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    write_first: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Feed T tokens a row; row b writes its num_new[b] of them behind the lengths[b] it holds.
 
@@ -196,11 +204,15 @@ def forward(
       num_new: [B] int32 in 0..T; 0 leaves a row idle.
       cache: what came before; lengths[b] + num_new[b] must not exceed its capacity.
       config: static.
+      write_first: static. Attention reads the new keys from the cache and not beside it, so that
+        a token's sum is the same whether it came with this forward or an earlier one. Slower.
 
     Returns:
       hidden [B,T,D] behind the final norm, and the cache with lengths + num_new.
     """
-    hidden, cache, _ = forward_with_states(params, tokens, num_new, cache, config=config)
+    hidden, cache, _ = forward_with_states(
+        params, tokens, num_new, cache, config=config, write_first=write_first
+    )
     return hidden, cache
 
 
@@ -212,8 +224,11 @@ def forward_with_states(
     *,
     config: ModelConfig,
     layers: tuple[int, ...] = (),
+    write_first: bool = False,
 ) -> tuple[jax.Array, KVCache, dict[int, jax.Array]]:
     """`forward`, and the residual stream [B,T,D] behind each of `layers`, for research."""
+    if tokens.shape[1] > MAX_BLOCK and any(layer.window for layer in config.layers):
+        raise ValueError(f"T={tokens.shape[1]}: a window layer takes {MAX_BLOCK} tokens at once")
     start = cache.lengths
     positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
     # Layers that share a rope share its tables.
@@ -223,8 +238,8 @@ def forward_with_states(
     states, held = {}, []
     for i, (layer, kv) in enumerate(zip(config.layers, cache.layers, strict=True)):
         rope = turns.get(layer.rope)
-        weights = params[f"layer_{i}"]
-        x, kv = _block(weights, x, rope, start, num_new, kv, config=config, layer=layer)
+        block = partial(_block, config=config, layer=layer, write_first=write_first)
+        x, kv = block(params[f"layer_{i}"], x, rope, start, num_new, kv)
         held.append(kv)
         if i in layers:
             states[i] = x
@@ -233,7 +248,7 @@ def forward_with_states(
 
 
 # Jitted on its own so that like layers are traced once, not L times; XLA inlines them all the same.
-@partial(jax.jit, static_argnames=("config", "layer"))
+@partial(jax.jit, static_argnames=("config", "layer", "write_first"))
 def _block(
     params: Params,
     x: jax.Array,  # [B,T,D]
@@ -244,8 +259,10 @@ def _block(
     *,
     config: ModelConfig,
     layer: LayerConfig,
+    write_first: bool,
 ) -> tuple[jax.Array, LayerCache]:
-    out: Any = Block(config, layer).apply({"params": params}, x, rope, start, num_new, cache)
+    block = Block(config, layer, write_first)
+    out: Any = block.apply({"params": params}, x, rope, start, num_new, cache)
     return out
 
 
@@ -278,7 +295,7 @@ def param_specs(config: ModelConfig) -> Any:
         return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
     # The parameters of a layer depend on the model's config alone, never on its LayerConfig.
-    block = specs(Block(config, LayerConfig()), x, None, one, one, cache)
+    block = specs(Block(config, LayerConfig(), False), x, None, one, one, cache)
     tree = {"embed": specs(Embedding(config), one[None]), "final_norm": specs(RMSNorm(config), x)}
     tree |= {f"layer_{i}": block for i in range(config.num_layers)}
     return tree if config.tied else {**tree, "head": tree["embed"]}

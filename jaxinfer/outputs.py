@@ -28,6 +28,13 @@ class Stats:
     prefill_seconds: float  # putting the prompt into the cache
     decode_seconds: float  # everything after that
     tokens_per_second: float  # new_tokens / decode_seconds
+    rounds: int  # forwards of the model since the prompt; plain decoding takes one a token
+    drafted: int  # tokens that the drafter offered
+    accepted: int  # of those, how many were kept
+    accepted_by_position: list[int]  # rounds that kept the first of a draft, the second, ...
+    tokens_per_round: float  # new_tokens / rounds, so the token behind an accepted draft counts
+    draft_seconds: float  # of decode_seconds, by the measured cost of a draft and of a verification
+    verify_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +53,21 @@ class Piece(str):
 
     row: int  # of the prompts in order, n samples each
     token_ids: list[int]  # tokens committed since the last piece of this row
+    drafted: list[bool]  # which of them a drafter had offered
     finish_reason: FinishReason | None  # set on the last piece of a row
 
     def __new__(
-        cls, text: str, row: int, token_ids: list[int], finish_reason: FinishReason | None
+        cls,
+        text: str,
+        row: int,
+        token_ids: list[int],
+        drafted: list[bool],
+        finish_reason: FinishReason | None,
     ) -> Piece:
         """A piece of row `row`."""
         piece = super().__new__(cls, text)
-        piece.row, piece.token_ids, piece.finish_reason = row, token_ids, finish_reason
+        piece.row, piece.token_ids, piece.drafted = row, token_ids, drafted
+        piece.finish_reason = finish_reason
         return piece
 
 

@@ -1,7 +1,7 @@
 """What a user may ask of sampling, and the ONE logits pipeline that every path goes through.
 
     scores = process_logits(logits, rows, history)   # plain decoding, drafting and verifying alike
-    token  = choose(scores, rows, positions)
+    token  = choose(scores, rows, keys)
 
 Order, that of transformers: padded ids and min_tokens, penalties, bias, temperature, top-k, top-p,
 min-p. Each step is skipped at run time (`lax.cond`) when no row asks for it, so changing a
@@ -27,7 +27,8 @@ MAX_LOGPROBS = 20  # alternatives a token; more would make the output larger tha
 MAX_STOP = 64  # stop strings, and stop token ids, a row
 MAX_BIAS = 1024  # logit_bias entries a row
 MAX_N = 128  # samples of one prompt
-STREAM_SAMPLE = 0  # random stream of plain sampling; speculation has streams of its own
+# Random streams: what is drawn from one never tells anything of the others.
+STREAM_SAMPLE, STREAM_DRAFT, STREAM_ACCEPT, STREAM_RESIDUAL = range(4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,31 +176,39 @@ def _room(count: int) -> int:
 class History(NamedTuple):
     """The tokens that stand before the one being chosen."""
 
-    tokens: jax.Array  # [B,S] i32, prompt then output
+    tokens: jax.Array  # [B,S] i32, prompt then output; what stands behind `length` is no part of it
     length: jax.Array  # [B] i32, how many of them count
     prompt: jax.Array  # [B] i32, how many of those are the prompt
 
 
 def process_logits(logits: jax.Array, rows: SamplingRows, history: History) -> jax.Array:
-    """Scores [B,V] f32 of the processed distribution (log-probabilities up to a constant a row).
+    """Scores [B,T,V] f32 of the processed distribution (log-probabilities up to a constant a row).
 
-    Ids that may not be chosen have -inf. Greedy rows are processed too, but not tempered or cut:
-    their distribution is the point mass at the largest score (see `choose`).
+    Position t of row b has history.length[b] + t tokens before it: to judge a draft, put it behind
+    the history's end. Ids that may not be chosen have -inf. Greedy rows are processed too, but not
+    tempered or cut: their distribution is the point mass at the largest score (`probabilities`).
     """
+    length = history.length[:, None] + jnp.arange(logits.shape[1])  # [B,T]
     ids = jnp.arange(logits.shape[-1])
     scores = jnp.where(ids < rows.vocab_limit, logits.astype(jnp.float32), -jnp.inf)
-    scores = _hold_back_end(scores, rows, history)
+    early = length - history.prompt[:, None] < rows.min_tokens[:, None]  # [B,T]
+    scores = _when(early, lambda s: _hold_back_end(s, rows, early), scores)
     penalized = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
-    scores = _when(penalized, lambda s: _penalize(s, rows, history), scores)
-    scores = _when(jnp.any(rows.bias != 0, axis=1), lambda s: _add_bias(s, rows), scores)
+    scores = _when(penalized, lambda s: _penalize(s, rows, history, length), scores)
+    scores = _when(rows.bias != 0, lambda s: _add_bias(s, rows), scores)
     sampled = rows.temperature > 0
     # Relative to the largest, which stays 0: a tiny temperature cannot divide it to infinity.
-    tempered = (scores - scores.max(-1, keepdims=True)) / jnp.where(sampled, rows.temperature, 1)[
-        :, None
-    ]
-    scores = jnp.where(sampled[:, None], tempered, scores)
+    divisor = _over_positions(jnp.where(sampled, rows.temperature, 1))
+    tempered = (scores - scores.max(-1, keepdims=True)) / divisor
+    scores = jnp.where(_over_positions(sampled), tempered, scores)
     cut = sampled & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-    return _when(cut, lambda s: jnp.where(cut[:, None], _truncate(s, rows), s), scores)
+    keep = _over_positions(~cut)
+    return _when(cut, lambda s: jnp.where(keep, s, _truncate(s, rows)), scores)
+
+
+def _over_positions(x: jax.Array) -> jax.Array:
+    """[B] -> [B,1,1], beside scores [B,T,V]."""
+    return x[:, None, None]
 
 
 def _when(rows: jax.Array, step: Callable[[jax.Array], jax.Array], scores: jax.Array) -> jax.Array:
@@ -207,48 +216,53 @@ def _when(rows: jax.Array, step: Callable[[jax.Array], jax.Array], scores: jax.A
     return jax.lax.cond(jnp.any(rows), step, lambda s: s, scores)
 
 
-def _hold_back_end(scores: jax.Array, rows: SamplingRows, history: History) -> jax.Array:
-    early = history.length - history.prompt < rows.min_tokens  # [B]
-    return _when(early, lambda s: _at(s, rows.stop_ids, early[:, None], -jnp.inf), scores)
+def _hold_back_end(scores: jax.Array, rows: SamplingRows, early: jax.Array) -> jax.Array:
+    b = jnp.arange(scores.shape[0])[:, None, None]
+    t = jnp.arange(scores.shape[1])[:, None]
+    held = early[:, :, None] & (rows.stop_ids >= 0)[:, None]  # [B,T,E]
+    ids = jnp.where(held, rows.stop_ids[:, None], scores.shape[-1])
+    return scores.at[b, t, ids].set(-jnp.inf, mode="drop")
 
 
-def _at(scores: jax.Array, ids: jax.Array, where: jax.Array, value: float) -> jax.Array:
-    """`scores` with `value` at ids [B,E] >= 0 of the rows that `where` names."""
-    target = jnp.where(where & (ids >= 0), ids, scores.shape[-1])
-    return scores.at[jnp.arange(scores.shape[0])[:, None], target].set(value, mode="drop")
-
-
-def _penalize(scores: jax.Array, rows: SamplingRows, history: History) -> jax.Array:
+def _penalize(
+    scores: jax.Array, rows: SamplingRows, history: History, length: jax.Array
+) -> jax.Array:
     # Counted anew from the tokens at every step: there are no counters that a refused draft or a
     # reused row could leave wrong.
     slot = jnp.arange(history.tokens.shape[1])
     b = jnp.arange(scores.shape[0])[:, None]
-    known = slot < history.length[:, None]
-    written = known & (slot >= history.prompt[:, None])
-    zero = jnp.zeros(scores.shape, jnp.int32)
-    seen = zero.at[b, history.tokens].add(known.astype(jnp.int32)) > 0
-    count = zero.at[b, history.tokens].add(written.astype(jnp.int32))
-    factor = jnp.where(seen, rows.repetition[:, None], 1.0)
-    scores = jnp.where(scores > 0, scores / factor, scores * factor)
-    return scores - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0)
+    zero = jnp.zeros(scores.shape[::2], jnp.int32)  # [B,V]
+
+    def one(scores: jax.Array, length: jax.Array) -> jax.Array:  # [B,V], [B]
+        known = slot < length[:, None]
+        written = known & (slot >= history.prompt[:, None])
+        seen = zero.at[b, history.tokens].add(known.astype(jnp.int32)) > 0
+        count = zero.at[b, history.tokens].add(written.astype(jnp.int32))
+        factor = jnp.where(seen, rows.repetition[:, None], 1.0)
+        scores = jnp.where(scores > 0, scores / factor, scores * factor)
+        return scores - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0)
+
+    return jax.vmap(one, in_axes=1, out_axes=1)(scores, length)
 
 
 def _add_bias(scores: jax.Array, rows: SamplingRows) -> jax.Array:
     b = jnp.arange(scores.shape[0])[:, None]
-    return scores.at[b, rows.bias_ids].add(rows.bias, mode="drop")
+    bias = jnp.zeros(scores.shape[::2]).at[b, rows.bias_ids].add(rows.bias, mode="drop")
+    return scores + bias[:, None]
 
 
 def _truncate(scores: jax.Array, rows: SamplingRows) -> jax.Array:
     """top-k, then top-p of what is left, then min-p. Equal scores are kept or cut together."""
-    order = _ordered_bits(scores)  # [B,V] u32
-    k = jnp.where(rows.top_k > 0, rows.top_k, scores.shape[-1])
-    kept = order >= _largest_threshold(order, jnp.ones_like(scores), k.astype(jnp.float32))
+    order = _ordered_bits(scores)  # [B,T,V] u32
+    k = jnp.where(rows.top_k > 0, rows.top_k, scores.shape[-1]).astype(jnp.float32)
+    kept = order >= _largest_threshold(order, jnp.ones_like(scores), _over_positions(k))
     weight = jnp.where(kept, jnp.exp(scores - scores.max(-1, keepdims=True)), 0.0)
     # Never the whole mass: rounding could leave it out of reach. top_p 0 still keeps the likeliest.
-    mass = jnp.where(rows.top_p < 1, rows.top_p * weight.sum(-1), 0.0)
+    top_p = _over_positions(rows.top_p)
+    mass = jnp.where(top_p < 1, top_p * weight.sum(-1, keepdims=True), 0.0)
     nucleus = order >= _largest_threshold(order, weight, mass)
-    kept &= nucleus | (rows.top_p >= 1)[:, None]
-    kept &= weight >= rows.min_p[:, None]  # the likeliest has weight 1
+    kept &= nucleus | (top_p >= 1)
+    kept &= weight >= _over_positions(rows.min_p)  # the likeliest has weight 1
     return jnp.where(kept, scores, -jnp.inf)
 
 
@@ -260,39 +274,52 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 
 
 def _largest_threshold(order: jax.Array, weight: jax.Array, need: jax.Array) -> jax.Array:
-    """Largest t [B,1] such that the weight of {order >= t} is at least `need` [B], never empty."""
+    """Largest t [...,1] such that the weight of {order >= t} is at least `need`, never empty."""
     top = order.max(-1, keepdims=True)
 
     def bit(i: jax.Array, t: jax.Array) -> jax.Array:
         raised = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        enough = jnp.where(order >= raised, weight, 0.0).sum(-1, keepdims=True) >= need[:, None]
+        enough = jnp.where(order >= raised, weight, 0.0).sum(-1, keepdims=True) >= need
         return jnp.where(enough, raised, t)
 
     t = jax.lax.fori_loop(0, 32, bit, jnp.zeros_like(top))
     return jnp.minimum(t, top)
 
 
-def choose(scores: jax.Array, rows: SamplingRows, position: jax.Array, stream: int) -> jax.Array:
-    """Draw a token id [B] i32 from scores [B,V]: the largest, or by the Gumbel-max trick.
+def probabilities(scores: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The distribution [B,T,V] that scores stand for; of a greedy row the point mass."""
+    best = jax.nn.one_hot(jnp.argmax(scores, axis=-1), scores.shape[-1], dtype=scores.dtype)
+    return jnp.where(_over_positions(rows.temperature > 0), jax.nn.softmax(scores, axis=-1), best)
 
-    Noise depends on (seed, sample, absolute position, stream) only: not on the neighbours, the
-    batch or how many tokens were tried before.
+
+def choose(scores: jax.Array, rows: SamplingRows, keys: jax.Array) -> jax.Array:
+    """Draw token ids [B,T] i32 from scores [B,T,V]: the largest, or by the Gumbel-max trick.
+
+    `keys` [B,T] are random keys, see `row_keys`.
     """
 
     def noisy(scores: jax.Array) -> jax.Array:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:], jnp.float32))(
-            row_keys(rows, position, stream)
-        )
-        return jnp.where((rows.temperature > 0)[:, None], scores + noise, scores)
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[-1:])))
+        return jnp.where(_over_positions(rows.temperature > 0), scores + draw(keys), scores)
 
     return jnp.argmax(_when(rows.temperature > 0, noisy, scores), axis=-1).astype(jnp.int32)
 
 
-def row_keys(rows: SamplingRows, position: jax.Array, stream: int) -> jax.Array:
-    """A random key a row [B] for the token at `position` [B]."""
+def row_keys(
+    rows: SamplingRows, position: jax.Array, stream: int, start: jax.Array | None = None
+) -> jax.Array:
+    """Random keys [B,T] for the tokens at `position` [B,T].
 
-    def key(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+    They depend on (seed, sample, position, stream) only: not on the neighbours, the batch or how
+    many tokens were tried before. A round of speculation gives its `start` [B] too, since what it
+    draws for a position it does not reach must not come again in the next round.
+    """
+
+    def key(seed: jax.Array, sample: jax.Array, position: jax.Array, start: jax.Array) -> jax.Array:
         k = jax.random.fold_in(jax.random.key(seed), sample)
-        return jax.random.fold_in(jax.random.fold_in(k, position), stream)
+        k = jax.random.fold_in(jax.random.fold_in(k, position), stream)
+        return k if stream == STREAM_SAMPLE else jax.random.fold_in(k, start)
 
-    return jax.vmap(key)(rows.seed, rows.sample, position)
+    start = jnp.zeros_like(rows.seed) if start is None else start
+    over_positions = jax.vmap(key, in_axes=(None, None, 0, None))
+    return jax.vmap(over_positions)(rows.seed, rows.sample, position, start)

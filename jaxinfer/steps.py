@@ -1,8 +1,9 @@
-"""The jitted steps: prefill, decode, score; with their state, shape buckets and compile counting.
+"""The state of a batch, its shape buckets, the jitted steps for research, and compile counting.
 
 Invariant: the cache holds every committed token except the last one. So prefill feeds all of the
-prompt but its last token and needs no logits, and a decode step feeds the last token and commits
-the next. Shapes come in few sizes (`bucket`), so that a second prompt compiles nothing.
+prompt but its last token and needs no logits, and a round feeds the last token and commits the
+next (`speculative/round.py`). Shapes come in few sizes (`bucket`), so that a second prompt compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -17,18 +18,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.cache import KVCache
+from jaxinfer.cache import MAX_BLOCK, KVCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params, forward, forward_with_states, head
-from jaxinfer.sampling import (
-    STREAM_SAMPLE,
-    History,
-    SamplingRows,
-    choose,
-    process_logits,
-)
+from jaxinfer.sampling import History
 
-PREFILL_WIDTHS = (16, 64, 256, 512)  # T; a longer prompt takes several chunks of the last
+PREFILL_WIDTHS = (16, 64, 256, MAX_BLOCK)  # T; a longer prompt takes several chunks of the last
 MIN_CAPACITY = 128  # S, then doubling
 
 
@@ -60,6 +55,7 @@ class State:
     prompt: jax.Array  # [B] i32, how many of those are the prompt
     limit: jax.Array  # [B] i32, a row ends with this many tokens
     done: jax.Array  # [B] bool
+    drafted: jax.Array  # [B,S] bool, which tokens were a draft
     cache: KVCache  # lengths == num_tokens - 1 once the prompt is in
     logprobs: LogProbs | None  # None where no row asked for them
 
@@ -68,7 +64,7 @@ class State:
         """What stands before the next token."""
         return History(self.tokens, self.num_tokens, self.prompt)
 
-    def grow(self, capacity: int) -> State:
+    def grow(self, config: ModelConfig, capacity: int) -> State:
         """A copy with room for `capacity` tokens a row."""
         extra = capacity - self.tokens.shape[1]
 
@@ -78,79 +74,10 @@ class State:
         return dataclasses.replace(
             self,
             tokens=pad(self.tokens),
-            cache=self.cache.grow(capacity),
+            drafted=pad(self.drafted),
+            cache=self.cache.grow(config, capacity),
             logprobs=jax.tree.map(pad, self.logprobs),
         )
-
-
-# The old state is dead after each step: donating it lets the cache be updated where it lies.
-@partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("state",))
-def prefill(params: Params, state: State, *, config: ModelConfig, width: int) -> State:
-    """Put the next `width` prompt tokens of every row into the cache, all but the last of each."""
-    start = state.cache.lengths
-    slots = start[:, None] + jnp.arange(width)
-    tokens = jnp.take_along_axis(state.tokens, slots, axis=1, mode="clip")
-    num_new = jnp.clip(state.prompt - 1 - start, 0, width)
-    _, cache = forward(params, tokens, num_new, state.cache, config=config)
-    return dataclasses.replace(state, cache=cache)
-
-
-@partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("state",))
-def decode(
-    params: Params,
-    state: State,
-    rows: SamplingRows,
-    max_steps: jax.Array,  # [] i32
-    *,
-    config: ModelConfig,
-    width: int,
-) -> State:
-    """Commit up to `max_steps` tokens a row, in one compiled loop; a done row stays as it is.
-
-    `width` is how many columns are fed, of which the first is the token: 1, but 2 where one row
-    alone is the backend's slow path.
-    """
-
-    def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        i, state = carry
-        last = jnp.take_along_axis(state.tokens, state.cache.lengths[:, None], axis=1)
-        tokens = jnp.pad(last, [(0, 0), (0, width - 1)])
-        num_new = jnp.where(state.done, 0, 1)
-        hidden, cache = forward(params, tokens, num_new, state.cache, config=config)
-        logits = head(params, hidden, config=config)[:, 0]
-        scores = process_logits(logits, rows, state.history)
-        token = choose(scores, rows, state.num_tokens, STREAM_SAMPLE)
-        return i + 1, commit(dataclasses.replace(state, cache=cache), token, logits, rows)
-
-    def running(carry: tuple[jax.Array, State]) -> jax.Array:
-        i, state = carry
-        return (i < max_steps) & ~jnp.all(state.done)
-
-    return jax.lax.while_loop(running, step, (jnp.int32(0), state))[1]
-
-
-def commit(state: State, token: jax.Array, logits: jax.Array, rows: SamplingRows) -> State:
-    """Append token [B] to the rows that are not done, and end those that it ends."""
-    b = jnp.arange(token.shape[0])
-    slot = jnp.where(state.done, state.tokens.shape[1], state.num_tokens)  # done: dropped
-    num_tokens = state.num_tokens + ~state.done
-    ended = jnp.any(token[:, None] == rows.stop_ids, axis=1) | (num_tokens >= state.limit)
-    logprobs = state.logprobs
-    if logprobs is not None:
-        logp = jax.nn.log_softmax(logits, axis=-1)
-        top, top_ids = jax.lax.top_k(logp, logprobs.top.shape[-1])
-        logprobs = LogProbs(
-            logprobs.chosen.at[b, slot].set(logp[b, token], mode="drop"),
-            logprobs.top.at[b, slot].set(top, mode="drop"),
-            logprobs.top_ids.at[b, slot].set(top_ids, mode="drop"),
-        )
-    return dataclasses.replace(
-        state,
-        tokens=state.tokens.at[b, slot].set(token, mode="drop"),
-        num_tokens=num_tokens,
-        done=state.done | ended,
-        logprobs=logprobs,
-    )
 
 
 @partial(jax.jit, static_argnames=("config", "layers"), donate_argnames=("cache",))
@@ -196,10 +123,10 @@ def score(
     return scores.reshape(targets.shape), cache
 
 
-@partial(jax.jit, static_argnames=("capacity",))
-def grow(state: State, *, capacity: int) -> State:
+@partial(jax.jit, static_argnames=("config", "capacity"))
+def grow(state: State, *, config: ModelConfig, capacity: int) -> State:
     """A copy with room for `capacity` tokens a row."""
-    return state.grow(capacity)
+    return state.grow(config, capacity)
 
 
 def enable_compile_cache(folder: Path) -> None:

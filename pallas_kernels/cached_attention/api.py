@@ -17,8 +17,8 @@ class UnsupportedError(ValueError):
 
 def cached_attention(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     k_cache: jax.Array,
     v_cache: jax.Array,
     start: jax.Array,
@@ -31,16 +31,19 @@ def cached_attention(
     """Causal grouped-query attention of T new tokens a row over a cache of S slots and each other.
 
     The new keys and values come beside the cache and need not be in it: writing them there is then
-    nobody's input, and can be done in place.
+    nobody's input, and can be done in place. Or they are in it already, and k and v are None.
+
+    Slot s of the cache holds the latest position p with p mod S == s, so a cache may be a ring. A
+    ring must keep window + T slots, and a cache without a window every position.
 
     Args:
       q: [B,T,N,H] queries; query t of row b stands at position start[b] + t.
-      k, v: [B,T,K,H] keys and values of the new tokens; K divides N.
-      k_cache, v_cache: [B,K,S,H] keys and values of position s in slot s. Slots start[b] and beyond
-        are ignored, but must be finite.
-      start: [B] int32, tokens that the cache holds.
+      k, v: [B,T,K,H] keys and values of the new tokens, or None where the cache holds them; K
+        divides N.
+      k_cache, v_cache: [B,K,S,H]; slots that hold nothing are ignored, but must be finite.
+      start: [B] int32, tokens in front of the new ones.
       scale: multiplies q.k before the softmax.
-      window: a query sees this many slots, its own included; None: all up to its own.
+      window: a query sees this many tokens, its own included; None: all up to its own.
       softcap: cap * tanh(score / cap) on the scaled scores (Gemma 2, arXiv 2408.00118).
       impl: "xla" is the reference; "auto" picks the best backend here, today always "xla".
 
@@ -63,8 +66,11 @@ def cached_attention(
         raise UnsupportedError(
             f"q {q.shape} and k_cache {k_cache.shape} differ in B or H, or K does not divide N"
         )
-    if not k.shape == v.shape == (batch, num_new, num_kv, head_dim):
-        raise UnsupportedError(f"k {k.shape} and v {v.shape} must be [B,T,K,H]")
+    for name, new in (("k", k), ("v", v)):
+        if new is not None and new.shape != (batch, num_new, num_kv, head_dim):
+            raise UnsupportedError(f"{name} {new.shape} must be [B,T,K,H]")
+    if (k is None) != (v is None):
+        raise UnsupportedError("k and v come together, or neither does")
     if start.shape != q.shape[:1]:
         raise UnsupportedError(f"start {start.shape} must be [B] = {q.shape[:1]}")
     if window is not None and window < 1:

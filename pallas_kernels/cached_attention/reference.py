@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 def cached_attention_reference(
     q: jax.Array,  # [B,T,N,H]
-    k: jax.Array,  # [B,T,K,H]
-    v: jax.Array,  # [B,T,K,H]
+    k: jax.Array | None,  # [B,T,K,H]
+    v: jax.Array | None,  # [B,T,K,H]
     k_cache: jax.Array,  # [B,K,S,H]
     v_cache: jax.Array,  # [B,K,S,H]
     start: jax.Array,  # [B] int32
@@ -28,24 +28,27 @@ def cached_attention_reference(
         exact["precision"] = jax.lax.Precision.HIGHEST
 
     grouped = q.reshape(batch, num_new, num_kv, num_heads // num_kv, head_dim)
-    old = jnp.einsum("btkgh,bksh->bkgts", grouped, k_cache, **exact)
-    new = jnp.einsum("btkgh,bukh->bkgtu", grouped, k, **exact)
-    scores = jnp.concatenate([old, new], axis=-1) * scale  # [B,K,G,T,S+T]
+    query = start[:, None] + jnp.arange(num_new)  # [B,T] absolute positions, of the new keys too
+    # Slot s holds the latest position p < end with p mod S == s; below 0 there is none yet.
+    end = start[:, None] if k is not None else start[:, None] + num_new
+    key = end - 1 - (end - 1 - jnp.arange(slots)) % slots  # [B,S]
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k_cache, **exact)
+    if k is not None:
+        new = jnp.einsum("btkgh,bukh->bkgtu", grouped, k, **exact)
+        scores = jnp.concatenate([scores, new], axis=-1)  # [B,K,G,T,S+T]
+        key = jnp.concatenate([key, query], axis=1)
+    scores *= scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
-    t = jnp.arange(num_new)
-    query = start[:, None] + t  # [B,T] absolute positions of the queries, and of the new keys
-    slot = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
-    key = jnp.concatenate([slot, query], axis=1)[:, None]  # [B,1,S+T]
-    held = jnp.concatenate([slot < start[:, None], jnp.ones_like(query, bool)], axis=1)[:, None]
-    # A query sees what the cache holds and the new keys up to its own: never nothing.
-    visible = held & (key <= query[:, :, None])  # [B,T,S+T]
+    key = key[:, None]  # [B,1,S(+T)]; a query sees its own key at least: never nothing
+    visible = (key >= 0) & (key <= query[:, :, None])
     if window is not None:
         visible &= key > query[:, :, None] - window
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
 
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkgts,bksh->btkgh", weights[..., :slots], v_cache, **exact)
-    out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., slots:], v, **exact)
+    if v is not None:
+        out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., slots:], v, **exact)
     return out.reshape(q.shape).astype(q.dtype)

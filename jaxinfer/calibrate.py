@@ -1,0 +1,120 @@
+"""Measures what a round of each width costs here, with the very programs that will run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.batch import Model, new_run
+from jaxinfer.sampling import (
+    STREAM_SAMPLE,
+    SamplingParams,
+    SamplingRows,
+    row_keys,
+    sampling_rows,
+)
+from jaxinfer.speculative import round as speculative
+from jaxinfer.speculative.costs import Costs
+from jaxinfer.speculative.drafter import Drafter
+from jaxinfer.speculative.speculation import Speculation
+
+RUNS = 5  # of each width, after one that may compile
+PROMPT = 16  # tokens, all the same one: any n-gram of them has been seen
+
+
+def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -> Costs:
+    """Seconds of a round of each width, for batches of this size; a few dozen rounds in all."""
+    drafter, plan = speculation.drafter, speculation.plan(model.narrow(batch))
+    # All lengths cost the same and tokens are worth something: a draft is as long as it may be.
+    even = Costs((1.0,) * len(plan.widths))
+    start = min(PROMPT, capacity // 2)
+    run = new_run(
+        model,
+        speculation,
+        plan,
+        even,
+        prompts=[[0] * start] * batch,
+        limits=[capacity] * batch,
+        capacity=capacity,
+        logprobs=False,
+    )
+    rows = sampling_rows(
+        [SamplingParams()] * batch,
+        samples=[0] * batch,
+        seeds=[0] * batch,
+        stop_ids=[()] * batch,
+        vocab_limit=model.vocab_limit,
+    )
+
+    def one_round(width: int, max_new: int) -> float:
+        """Seconds of one round that may offer width - 1 tokens; max_new=0: of no round at all."""
+        nonlocal run
+        lengths = jnp.full((batch,), start, jnp.int32)
+        state = dataclasses.replace(
+            run.state,
+            tokens=jnp.zeros_like(run.state.tokens),
+            num_tokens=lengths,
+            limit=lengths + width,
+            done=jnp.zeros((batch,), bool),
+            cache=dataclasses.replace(run.state.cache, lengths=lengths - 1),
+        )
+        run = jax.block_until_ready(dataclasses.replace(run, state=state))
+        begin = time.perf_counter()
+        run = jax.block_until_ready(
+            speculative.rounds(
+                model.params,
+                run,
+                rows,
+                drafter,
+                jnp.int32(max_new),
+                config=model.config,
+                plan=plan,
+            )
+        )
+        return time.perf_counter() - begin
+
+    draft = tuple(_draft_seconds(drafter, run, rows, want) for want in (0, drafter.max_draft))
+    call = _median(lambda: one_round(1, 0))
+    whole = [max(_median(partial(one_round, width, 1)) - call, 1e-6) for width in plan.widths]
+    most = max(1, plan.widths[-1] - 1)
+    drafting = [draft[0] + (draft[1] - draft[0]) * (w - 1) / most for w in plan.widths]
+    verify = tuple(max(a - b, 1e-6) for a, b in zip(whole, drafting, strict=True))
+    return Costs(verify, (draft[0], draft[1]))
+
+
+def _draft_seconds(
+    drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: int
+) -> float:
+    """Seconds of one `propose`."""
+    wanted = jnp.full(rows.seed.shape, want, jnp.int32)
+
+    def propose() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(_propose(drafter, run, rows, wanted))
+        return time.perf_counter() - begin
+
+    return _median(propose)
+
+
+@jax.jit
+def _propose(
+    drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: jax.Array
+) -> Any:
+    state = run.state
+    at = state.num_tokens[:, None] + jnp.arange(drafter.max_draft)
+    keys = row_keys(rows, at, STREAM_SAMPLE)
+    # A few small results: a state that came back would be a copy of it.
+    draft, _ = drafter.propose(run.drafter, state.history, rows, want, keys)
+    return draft.num, draft.tokens
+
+
+def _median(run: Callable[[], float]) -> float:
+    run()
+    return statistics.median(run() for _ in range(RUNS))

@@ -1,0 +1,129 @@
+"""Drafters by name, from models, and the check of one that somebody else wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.batch import Model
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.sampling import History, SamplingParams, sampling_rows
+from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
+from jaxinfer.speculative.model_drafter import ModelDrafter
+from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.speculation import Speculation
+from jaxinfer.speculative.vocab import identity, map_vocabularies
+from jaxinfer.tokenizer import Tokenizer
+
+NAMES = ("auto", "none", "ngram", "self")
+
+
+def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
+    """The drafter that `wanted` says: None, one of NAMES, an LLM, or a Drafter as it is."""
+    if wanted is None or wanted == "none":
+        return NoDrafter()
+    if isinstance(wanted, Drafter):
+        return wanted
+    if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
+        return NGramDrafter()
+    if wanted == "self":
+        return self_drafter(model)
+    if isinstance(getattr(wanted, "model", None), Model):
+        return model_drafter(wanted.model, wanted.tokenizer, model, tokenizer)
+    names = ", ".join(NAMES)
+    raise InvalidArgument(
+        f"drafter={wanted!r:.60}: None, one of {names}, a Drafter or an LLM;"
+        " load(..., drafter=NAME) takes a second model by name"
+    )
+
+
+def model_drafter(
+    own: Model, own_tokenizer: Tokenizer, target: Model, tokenizer: Tokenizer
+) -> ModelDrafter:
+    """A second model as drafter; InvalidArgument where the vocabularies have nothing in common."""
+    vocab = map_vocabularies(
+        tokenizer, own_tokenizer, target.config.vocab_size, own.config.vocab_size
+    )
+    return ModelDrafter(params=own.params, vocab=vocab, config=own.config, dtype=own.dtype)
+
+
+def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDrafter:
+    """The model itself with a subset of its layers (arXiv 2309.08168), weights shared.
+
+    Args:
+      model: the target.
+      layers: which to keep, ascending; None: the first and last quarter, whose loss hurts most, and
+        every other one between.
+    """
+    config, count = model.config, model.config.num_layers
+    if layers is None:
+        middle = range(count // 4, count - count // 4)
+        layers = tuple(i for i in range(count) if i not in middle or i % 2)
+    if not layers or any(not 0 <= i < count for i in layers):
+        raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}")
+    params = {name: model.params[name] for name in model.params if not name.startswith("layer_")}
+    params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
+    size = config.vocab_size
+    return ModelDrafter(
+        params=params,
+        vocab=identity(size, size),
+        config=dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers)),
+        dtype=model.dtype,
+    )
+
+
+def check_drafter(model: Model, speculation: Speculation, batch: int, capacity: int) -> None:
+    """Trace a drafter once and refuse one whose results have the wrong shapes.
+
+    Raises:
+      InvalidArgument: what it returned and what was expected; or a draft that the context or the
+        cache of a window layer cannot hold.
+    """
+    drafter, size = speculation.drafter, speculation.drafter.max_draft
+    if size + 1 >= model.config.max_len:
+        raise InvalidArgument(
+            f"num_draft={size}: does not fit the context of {model.config.max_len} tokens"
+        )
+    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    context = History(jax.ShapeDtypeStruct((batch, capacity), jnp.int32), ints, ints)
+    hidden = jax.ShapeDtypeStruct((batch, size + 1, model.config.width), model.dtype)
+    rows = sampling_rows(
+        [SamplingParams()] * batch,
+        samples=[0] * batch,
+        seeds=[0] * batch,
+        stop_ids=[()] * batch,
+        vocab_limit=model.vocab_limit,
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (batch, size)))
+    state = jax.eval_shape(lambda: drafter.init(batch, capacity))
+    draft, after = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)
+    name = type(drafter).__name__
+    if not isinstance(draft, Draft):
+        raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {draft!r:.80}")
+    wanted = {"tokens": ((batch, size), "int32"), "num": ((batch,), "int32")}
+    if drafter.draws:
+        wanted["probs"] = ((batch, size, model.config.vocab_size), "float32")
+    for field, (shape, dtype) in wanted.items():
+        got = getattr(draft, field)
+        if getattr(got, "shape", None) != shape or str(got.dtype) != dtype:
+            shown = "None" if got is None else f"{got.dtype}{list(got.shape)}"
+            raise InvalidArgument(
+                f"{name}.propose: draft.{field} must be {dtype}{list(shape)}, is {shown}"
+            )
+    if draft.probs is not None and not drafter.draws:
+        raise InvalidArgument(f"{name}.propose: gives probs, so {name}.draws must be True")
+    seen = jax.eval_shape(drafter.observe, state, context, ints, hidden)
+    for method, new in (("propose", after), ("observe", seen)):
+        if _shapes(new) != _shapes(state):
+            raise InvalidArgument(
+                f"{name}.{method}: the state it returns must have the structure, shapes and dtypes"
+                " of the one that init made"
+            )
+
+
+def _shapes(state: Any) -> Any:
+    leaves, tree = jax.tree.flatten(state)
+    return tree, [(x.shape, x.dtype) for x in leaves]

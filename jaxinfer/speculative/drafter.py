@@ -1,0 +1,100 @@
+"""What a drafter is: something cheap that guesses the next few tokens. It can be wrong, not harmful.
+
+A new one subclasses `Drafter` and writes `propose`; one with a memory of its own writes `init` and
+`observe` too. All three are traced into the loop, so they are jax code without host round trips.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jaxinfer.sampling import History, SamplingRows
+
+MAX_AUTO_DRAFT = 7  # num_draft="auto" offers at most this many; eight rows are one tile on CPU
+
+
+class Draft(NamedTuple):
+    """Guesses of the next tokens, M of them a row."""
+
+    tokens: jax.Array  # [B,M] i32
+    num: jax.Array  # [B] i32 in 0..M, how many are offered; the others are ignored
+    probs: jax.Array | None = None  # [B,M,V] f32, what each was drawn from; None: point masses
+
+
+class Drafter(struct.PyTreeNode, kw_only=True):
+    """Base class; subclasses become frozen dataclasses and pytrees.
+
+    Weights are ordinary fields, so that they reach the compiled loop as arguments. A field that is
+    no array is declared with `static`, as `num_draft` is.
+    """
+
+    # How many tokens a round offers at most; "auto": as many as pay, by measurement.
+    num_draft: int | Literal["auto"] = struct.field(pytree_node=False, default="auto")
+
+    @property
+    def max_draft(self) -> int:
+        """M, the static width of a draft."""
+        return MAX_AUTO_DRAFT if self.num_draft == "auto" else self.num_draft
+
+    @property
+    def draws(self) -> bool:
+        """Whether a draft carries `probs`, the distributions it was drawn from."""
+        return False
+
+    def init(self, batch: int, capacity: int) -> Any:
+        """State for so many rows of at most `capacity` tokens: a pytree, handed on and donated."""
+        return ()
+
+    def observe(
+        self, state: Any, context: History, num_new: jax.Array, hidden: jax.Array | None
+    ) -> Any:
+        """The target has read more: a chunk of the prompt, or the accepted part of a round.
+
+        Args:
+          state: the drafter's own.
+          context: all that is committed; the last token of a row is not yet read.
+          num_new: [B] i32, how many tokens the target read now.
+          hidden: [B,T,D], its states behind the final norm for those, from 0 to num_new[b].
+
+        Returns:
+          The state; its structure, shapes and dtypes do not change.
+        """
+        return state
+
+    def propose(
+        self, state: Any, context: History, rows: SamplingRows, want: jax.Array, keys: jax.Array
+    ) -> tuple[Draft, Any]:
+        """Guess what follows `context`.
+
+        Args:
+          state: the drafter's own.
+          context: all that is committed.
+          rows: how each row is sampled; `process_logits` applies it.
+          want: [B] i32 in 0..M, offer no more than this.
+          keys: [B,M] random keys, one a token, for drafters that draw (`choose` takes them).
+
+        Returns:
+          The draft, and the state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no propose")
+
+
+def static(default: Any) -> Any:
+    """A field of a Drafter that is no array: it is part of the compiled program."""
+    return struct.field(pytree_node=False, default=default)
+
+
+class NoDrafter(Drafter, kw_only=True):
+    """Plain decoding: a round that offers nothing and commits one token."""
+
+    num_draft: int = struct.field(pytree_node=False, default=0)
+
+    def propose(
+        self, state: Any, context: History, rows: SamplingRows, want: jax.Array, keys: jax.Array
+    ) -> tuple[Draft, Any]:
+        """Nothing."""
+        return Draft(jnp.zeros((want.shape[0], 0), jnp.int32), jnp.zeros_like(want)), state

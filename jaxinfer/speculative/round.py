@@ -1,0 +1,251 @@
+"""The loop: rounds of draft, verify and commit, compiled as a whole.
+
+    propose -> forward(last token + draft) -> verify -> rewind what was refused -> observe
+
+A round commits between one token and the whole draft and one more. Plain decoding is the round of
+`NoDrafter`. Each round runs the narrowest of a few compiled widths that holds the longest draft of
+the batch, so a round without a draft costs what a plain step does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.model import Params, forward, head
+from jaxinfer.sampling import (
+    STREAM_DRAFT,
+    STREAM_SAMPLE,
+    History,
+    SamplingRows,
+    process_logits,
+    row_keys,
+)
+from jaxinfer.speculative.drafter import Draft, Drafter
+from jaxinfer.speculative.pace import Pace
+from jaxinfer.speculative.verify import VERIFIERS, Accepted
+from jaxinfer.steps import State
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What happened so far, a row."""
+
+    rounds: jax.Array  # [B] i32
+    drafted: jax.Array  # [B] i32, tokens offered and judged
+    accepted: jax.Array  # [B,M] i32, how often the i-th of a draft was kept
+    widths: jax.Array  # [W] i32, rounds of the whole batch at each width
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that changes while a batch is generated; donated from call to call."""
+
+    state: State
+    drafter: Any  # the drafter's own state
+    pace: Pace
+    counts: Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How rounds are run: what is compiled in."""
+
+    verifier: str  # of VERIFIERS
+    widths: tuple[int, ...]  # T of a verifying forward, ascending; the last holds a whole draft
+    # Exact mode: every forward has this T, whatever the draft; then a token's logits are the same
+    # bits however many came with it. None: a forward has the round's width.
+    canonical: int | None = None
+
+
+# The old run is dead after each call: donating it lets the cache be updated where it lies.
+@partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("run",))
+def prefill(
+    params: Params, run: Run, drafter: Drafter, *, config: ModelConfig, width: int
+) -> Run:
+    """Put the next `width` prompt tokens of every row into the cache, all but the last of each."""
+    state = run.state
+    start = state.cache.lengths
+    slots = start[:, None] + jnp.arange(width)
+    tokens = jnp.take_along_axis(state.tokens, slots, axis=1, mode="clip")
+    num_new = jnp.clip(state.prompt - 1 - start, 0, width)
+    hidden, cache = forward(params, tokens, num_new, state.cache, config=config)
+    state = dataclasses.replace(state, cache=cache)
+    own = drafter.observe(run.drafter, state.history, num_new, hidden)
+    return dataclasses.replace(run, state=state, drafter=own)
+
+
+@partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("run",))
+def rounds(
+    params: Params,
+    run: Run,
+    rows: SamplingRows,
+    drafter: Drafter,
+    max_new: jax.Array,  # [] i32
+    *,
+    config: ModelConfig,
+    plan: Plan,
+) -> Run:
+    """Rounds until a row has `max_new` more tokens, or none goes on; a done row stays as it is."""
+    before = run.state.num_tokens
+
+    def running(run: Run) -> jax.Array:
+        state = run.state
+        room = jnp.all(state.done | (state.num_tokens < state.tokens.shape[1]))
+        return room & ~jnp.all(state.done) & (jnp.max(state.num_tokens - before) < max_new)
+
+    step = partial(_round, params, rows, drafter, config=config, plan=plan)
+    return jax.lax.while_loop(running, step, run)
+
+
+def _round(
+    params: Params,
+    rows: SamplingRows,
+    drafter: Drafter,
+    run: Run,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+) -> Run:
+    state, pace = run.state, run.pace
+    # One token always comes from the target, so a draft is worth one less than what is left.
+    left = jnp.minimum(state.limit, state.tokens.shape[1]) - state.num_tokens - 1
+    want = jnp.where(state.done, 0, jnp.clip(left, 0, drafter.max_draft))
+    if drafter.num_draft == "auto":
+        want = jnp.minimum(want, pace.before(want, state.done))
+    # An exact verifier compares with the plain sample: a drafter that uses its noise agrees more.
+    stream = STREAM_SAMPLE if plan.verifier == "exact" else STREAM_DRAFT
+    at = state.num_tokens[:, None] + jnp.arange(drafter.max_draft)
+    keys = row_keys(rows, at, stream, state.num_tokens)
+    draft, own = drafter.propose(run.drafter, state.history, rows, want, keys)
+    draft = draft._replace(
+        num=jnp.clip(draft.num, 0, want),
+        probs=None if plan.verifier == "exact" else draft.probs,  # it does not look at them
+    )
+    if drafter.num_draft == "auto":
+        draft = draft._replace(num=jnp.minimum(draft.num, pace.after(draft.num, state.done)))
+
+    longest = jnp.max(draft.num, initial=0) + 1
+    which = jnp.searchsorted(jnp.asarray(plan.widths), longest)
+    branches = [
+        partial(_verify, params, rows, config=config, plan=plan, width=width)
+        for width in plan.widths
+    ]
+    state, num_new, num_accepted, hidden = jax.lax.switch(which, branches, state, draft)
+
+    judged = jnp.minimum(num_accepted + 1, draft.num)
+    steps = jnp.arange(drafter.max_draft)
+    counts = Counts(
+        rounds=run.counts.rounds + (num_new > 0),
+        drafted=run.counts.drafted + draft.num,
+        accepted=run.counts.accepted + (steps < num_accepted[:, None]),
+        widths=run.counts.widths.at[which].add(1),
+    )
+    return Run(
+        state=state,
+        drafter=drafter.observe(own, state.history, num_new, hidden),
+        pace=pace.update(num_accepted, judged),
+        counts=counts,
+    )
+
+
+def _verify(
+    params: Params,
+    rows: SamplingRows,
+    state: State,
+    draft: Draft,
+    *,
+    config: ModelConfig,
+    plan: Plan,
+    width: int,
+) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    """Judge a draft whose longest row has width - 1 tokens at most, and commit what is kept.
+
+    Returns the state; how many tokens [B] it gained and how many of those were drafted; and the
+    target's hidden states [B,widest,D] of the tokens it read.
+    """
+    size = min(width - 1, draft.tokens.shape[1])
+    draft = Draft(
+        draft.tokens[:, :size],
+        draft.num,
+        None if draft.probs is None else draft.probs[:, :size],
+    )
+    # The draft stands behind the committed tokens: what is refused there is overwritten later.
+    tokens = _write(state.tokens, state.num_tokens, draft.tokens, draft.num)
+    slots = state.cache.lengths[:, None] + jnp.arange(width)
+    fed = jnp.take_along_axis(tokens, slots, axis=1, mode="clip")
+    num_fed = jnp.where(state.done, 0, 1 + draft.num)
+
+    chunk = plan.canonical or width
+    cache, parts = state.cache, []
+    for first in range(0, width, chunk):
+        few = jnp.clip(num_fed - first, 0, chunk)
+        here = slice(first, first + chunk)
+        hidden, cache = forward(
+            params, fed[:, here], few, cache, config=config, write_first=plan.canonical is not None
+        )
+        logits = head(params, hidden, config=config)
+        if plan.canonical is None:
+            logits = logits[:, : size + 1]  # width may be more, where one row is slower than two
+        history = History(tokens, state.num_tokens + first, state.prompt)
+        parts.append((hidden, logits, process_logits(logits, rows, history)))
+    hidden, logits, scores = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+
+    verify = VERIFIERS[plan.verifier]
+    kept = verify(scores[:, : size + 1], draft, rows, state.num_tokens)
+    state, num_new = _commit(state, tokens, kept, logits, rows)
+    cache = cache.rewind(num_fed - num_new)
+    pad = [(0, 0), (0, plan.widths[-1] - width), (0, 0)]
+    return (
+        dataclasses.replace(state, cache=cache),
+        num_new,
+        jnp.minimum(kept.num_accepted, num_new),
+        jnp.pad(hidden, pad),
+    )
+
+
+def _commit(
+    state: State, tokens: jax.Array, kept: Accepted, logits: jax.Array, rows: SamplingRows
+) -> tuple[State, jax.Array]:
+    """Append what is kept to the rows that are not done, up to a row's end; and how many [B]."""
+    size = kept.tokens.shape[1]
+    t = jnp.arange(size)
+    ends = jnp.any(kept.tokens[:, :, None] == rows.stop_ids[:, None], axis=-1)  # [B,T]
+    to_end = jnp.min(jnp.where(ends, t, size), axis=1) + 1  # the end token is part of the text
+    left = state.limit - state.num_tokens
+    count = jnp.minimum(jnp.minimum(kept.num_accepted + 1, to_end), left)
+    count = jnp.where(state.done, 0, count)
+    num_tokens = state.num_tokens + count
+    drafted = t < kept.num_accepted[:, None]
+    logprobs = state.logprobs
+    if logprobs is not None:
+        logp = jax.nn.log_softmax(logits[:, :size], axis=-1)
+        top, top_ids = jax.lax.top_k(logp, logprobs.top.shape[-1])
+        chosen = jnp.take_along_axis(logp, kept.tokens[..., None], axis=-1)[..., 0]
+        logprobs = jax.tree.map(
+            lambda old, new: _write(old, state.num_tokens, new, count),
+            logprobs,
+            type(logprobs)(chosen, top, top_ids),
+        )
+    return dataclasses.replace(
+        state,
+        tokens=_write(tokens, state.num_tokens, kept.tokens, count),
+        drafted=_write(state.drafted, state.num_tokens, drafted, count),
+        num_tokens=num_tokens,
+        done=state.done | ((count == to_end) & (count > 0)) | (num_tokens >= state.limit),
+        logprobs=logprobs,
+    ), count
+
+
+def _write(old: jax.Array, at: jax.Array, new: jax.Array, num: jax.Array) -> jax.Array:
+    """`old` [B,S,...] with the first num[b] of `new` [B,T,...] at slots at[b] .. of each row."""
+    t = jnp.arange(new.shape[1])
+    slots = jnp.where(t < num[:, None], at[:, None] + t, old.shape[1])  # slot S: dropped
+    return old.at[jnp.arange(old.shape[0])[:, None], slots].set(new, mode="drop")
