@@ -243,7 +243,9 @@ class Batch:
     def stats(self, row: int, count: int) -> Stats:
         """Counts of a row that ends with `count` new tokens, and the batch's times."""
         done: speculative.Counts = jax.device_get(self.run.counts)
-        draft, verify = self.costs.split(self.decode_seconds, done.widths, self.plan.widths)
+        draft, verify = self.costs.split(
+            self.decode_seconds, done.widths.tolist(), self.plan.widths
+        )
         accepted = done.accepted[row].tolist()
         return Stats(
             prompt_tokens=len(self.requests[row].prompt),

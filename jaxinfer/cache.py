@@ -83,9 +83,7 @@ def layer_slots(layer: LayerConfig, capacity: int) -> int:
     return capacity if layer.window is None else min(capacity, layer.window + MAX_BLOCK)
 
 
-def cache_shapes(
-    config: ModelConfig, batch: int, capacity: int
-) -> list[tuple[int, int, int, int]]:
+def cache_shapes(config: ModelConfig, batch: int, capacity: int) -> list[tuple[int, int, int, int]]:
     """Shape [B,K,S,H] of each layer's keys."""
     return [
         (batch, config.num_kv_heads, layer_slots(layer, capacity), config.head_dim)

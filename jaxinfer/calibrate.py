@@ -89,9 +89,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
     return Costs(verify, (draft[0], draft[1]))
 
 
-def _draft_seconds(
-    drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: int
-) -> float:
+def _draft_seconds(drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: int) -> float:
     """Seconds of one `propose`."""
     wanted = jnp.full(rows.seed.shape, want, jnp.int32)
 
@@ -104,9 +102,7 @@ def _draft_seconds(
 
 
 @jax.jit
-def _propose(
-    drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: jax.Array
-) -> Any:
+def _propose(drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: jax.Array) -> Any:
     state = run.state
     at = state.num_tokens[:, None] + jnp.arange(drafter.max_draft)
     keys = row_keys(rows, at, STREAM_SAMPLE)

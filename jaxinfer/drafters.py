@@ -87,8 +87,9 @@ def check_drafter(model: Model, speculation: Speculation, batch: int, capacity: 
         raise InvalidArgument(
             f"num_draft={size}: does not fit the context of {model.config.max_len} tokens"
         )
-    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    context = History(jax.ShapeDtypeStruct((batch, capacity), jnp.int32), ints, ints)
+    ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((batch, capacity), jnp.int32)
+    context = History(tokens, ints, ints)
     hidden = jax.ShapeDtypeStruct((batch, size + 1, model.config.width), model.dtype)
     rows = sampling_rows(
         [SamplingParams()] * batch,

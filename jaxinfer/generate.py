@@ -1,7 +1,8 @@
 """What users touch: `load` and `LLM` with generate, stream, chat, score and forward.
 
-Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the host's side of a batch),
-`speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`, `sampling.py`.
+Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the host's
+side of a batch), `speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`,
+`sampling.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piec
 from jaxinfer.requests import Request, make_requests
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.speculative.costs import Costs
-from jaxinfer.speculative.drafter import Drafter, NoDrafter
+from jaxinfer.speculative.drafter import NoDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
@@ -232,9 +233,7 @@ class LLM:
         rows = self._requests(ids, params, overrides)
         if len(rows) > self.max_batch:
             raise InvalidArgument(f"{len(rows)} rows to stream at once; max_batch={self.max_batch}")
-        run = self._run(
-            rows, self.speculation(drafter, num_draft, verifier, exact), streaming=True
-        )
+        run = self._run(rows, self.speculation(drafter, num_draft, verifier, exact), streaming=True)
         return (item for _, item in run if isinstance(item, Piece))
 
     def chat(
@@ -279,7 +278,11 @@ class LLM:
           InvalidArgument: no such drafter, a draft length or a verifier that does not fit.
         """
         base = self.default_speculation
-        found = base.drafter if isinstance(drafter, str) and drafter == "default" else make_drafter(drafter, self.model, self.tokenizer)
+        found = (
+            base.drafter
+            if isinstance(drafter, str) and drafter == "default"
+            else make_drafter(drafter, self.model, self.tokenizer)
+        )
         if num_draft is not None and not isinstance(found, NoDrafter):
             found = found.replace(num_draft=num_draft)
         return Speculation(

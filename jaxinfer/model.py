@@ -158,7 +158,9 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         y = RMSNorm(c, name="attn_norm")(x) if c.pre_norm else x
-        y, cache = Attention(c, self.layer, self.write_first, name="attn")(y, rope, start, num_new, cache)
+        y, cache = Attention(c, self.layer, self.write_first, name="attn")(
+            y, rope, start, num_new, cache
+        )
         x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norm else y)
         y = RMSNorm(c, name="mlp_norm")(x) if c.pre_norm else x
         y = MLP(c, name="mlp")(y)

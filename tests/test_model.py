@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer import cache as cache_module
 from jaxinfer.cache import init_cache
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.model import forward as eager_forward
@@ -18,12 +19,13 @@ from jaxinfer.rotary import frequencies, tables
 from jaxinfer.testing import tiny_config
 from pallas_kernels import UnsupportedError, cached_attention
 
-forward = jax.jit(eager_forward, static_argnames="config")
+forward = jax.jit(eager_forward, static_argnames=("config", "write_first"))
 head = jax.jit(eager_head, static_argnames="config")
 ROPE = Rope(theta=10000.0, dim=8)
 VARIANTS = {
     "plain": {},
     "window": {"layers": (LayerConfig(window=5, rope=ROPE), LayerConfig(rope=ROPE))},
+    "windows": {"layers": (LayerConfig(window=5, rope=ROPE),) * 2},
     "no-rope": {"layers": (LayerConfig(rope=ROPE), LayerConfig())},
     "partial-rope": {"layers": (LayerConfig(rope=Rope(theta=500.0, dim=4)),) * 2},
     "post-norm": {"pre_norm": False, "post_norm": True, "qk_norm": "full"},
@@ -107,13 +109,54 @@ def test_writes_past_the_capacity_are_dropped():
     np.testing.assert_allclose(head(params, hidden, config=config)[:, :2], whole[:, 8:], atol=2e-5)
 
 
+def test_a_ring_keeps_its_window_however_much_is_refused(monkeypatch):
+    """A window layer far past its capacity, with refused blocks in between, against a whole cache.
+
+    The ring has window + block slots; one slot less, and this fails.
+    """
+    block = 4
+    config, params = setup("windows")
+    window = config.layers[0].window
+    length = 10 * (window + block)
+    tokens = jax.random.randint(jax.random.key(6), (2, length), 0, config.vocab_size)
+    whole, _ = run(config, params, tokens, [length], capacity=length)  # nothing is overwritten
+    monkeypatch.setattr(cache_module, "MAX_BLOCK", block)
+    cache = init_cache(config, 2, length, jnp.float32)
+    assert cache.layers[0].k.shape[2] == window + block
+    at = 0
+    while at + block <= length:
+        wrong = (tokens[:, at : at + block] + 1) % config.vocab_size
+        _, refused = forward(params, wrong, jnp.array([block, block]), cache, config=config)
+        refused = refused.rewind(jnp.array([block, block]))
+        few = 1 + at % block
+        right = tokens[:, at : at + block]
+        hidden, cache = forward(params, right, jnp.array([few, few]), refused, config=config)
+        logits = head(params, hidden, config=config)[:, :few]
+        np.testing.assert_allclose(logits, whole[:, at : at + few], atol=5e-5)
+        at += few
+
+
+def test_reading_the_new_keys_from_the_cache_or_beside_it():
+    config, params = setup("window")
+    tokens = jax.random.randint(jax.random.key(7), (2, 12), 0, config.vocab_size)
+    whole, _ = run(config, params, tokens, [12])
+    cache = init_cache(config, 2, 32, jnp.float32)
+    for at in (0, 4, 8):
+        few = tokens[:, at : at + 4]
+        hidden, cache = forward(
+            params, few, jnp.array([4, 4]), cache, config=config, write_first=True
+        )
+        logits = head(params, hidden, config=config)
+        np.testing.assert_allclose(logits, whole[:, at : at + 4], atol=2e-5)
+
+
 def test_grow_keeps_what_is_there():
     config, params = setup("plain")
     tokens = jax.random.randint(jax.random.key(6), (1, 12), 0, config.vocab_size)
     whole, _ = run(config, params, tokens, [12])
     _, cache = run(config, params, tokens[:, :8], [8], capacity=8)
-    grown = cache.grow(16)
-    assert grown.capacity == 16
+    grown = cache.grow(config, 16)
+    assert grown.layers[0].k.shape[2] == 16
     assert grown.nbytes == 2 * cache.nbytes
     hidden, _ = forward(params, tokens[:, 8:], jnp.array([4]), grown, config=config)
     np.testing.assert_allclose(head(params, hidden, config=config), whole[:, 8:], atol=2e-5)

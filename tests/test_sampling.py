@@ -17,10 +17,14 @@ from jaxinfer.sampling import (
     row_keys,
     sampling_rows,
 )
-from jaxinfer.sampling import process_logits as eager_process_logits
+from jaxinfer.sampling import process_logits as over_positions
 from jaxinfer.testing import tiny_llm
 
-process_logits = jax.jit(eager_process_logits)
+
+@jax.jit
+def process_logits(logits, rows, history):
+    """Of one position a row: [B,V] -> [B,V]."""
+    return over_positions(logits[:, None], rows, history)[:, 0]
 
 
 def rows_of(params, stop_ids=(), vocab_limit=1 << 30, seeds=None, samples=None):
@@ -126,15 +130,14 @@ def test_draws_follow_the_distribution(vocab):
     rows = rows_of([p] * chunk)
     draw = jax.jit(
         lambda position: choose(
-            process_logits(
-                jnp.broadcast_to(logits, (chunk, vocab)),
+            over_positions(
+                jnp.broadcast_to(logits, (chunk, 1, vocab)),
                 rows,
                 history_of([[0]] * chunk, [1] * chunk),
             ),
             rows,
-            position,
-            0,
-        )
+            row_keys(rows, position[:, None], 0),
+        )[:, 0]
     )
     counts = np.zeros(vocab)
     for at in range(0, draws, chunk):
@@ -151,12 +154,22 @@ def test_draws_follow_the_distribution(vocab):
 def test_noise_depends_on_seed_sample_position_and_stream_alone():
     p = SamplingParams(temperature=1.0)
     rows = rows_of([p] * 4, seeds=[1, 1, 2, 1], samples=[0, 1, 0, 0])
-    keys = jax.random.key_data(row_keys(rows, jnp.array([7, 7, 7, 7]), 0))
-    assert (keys[0] == keys[3]).all()
-    assert (keys[0] != keys[1]).any()
-    assert (keys[0] != keys[2]).any()
-    assert (keys[0] != jax.random.key_data(row_keys(rows, jnp.array([8, 7, 7, 7]), 0))[0]).any()
-    assert (keys[0] != jax.random.key_data(row_keys(rows, jnp.array([7, 7, 7, 7]), 1))[0]).any()
+
+    def keys(positions, stream, start=None):
+        at = jnp.array(positions)[:, None]
+        return jax.random.key_data(row_keys(rows, at, stream, start))[:, 0]
+
+    plain = keys([7, 7, 7, 7], 0)
+    assert (plain[0] == plain[3]).all()
+    assert (plain[0] != plain[1]).any()
+    assert (plain[0] != plain[2]).any()
+    assert (plain[0] != keys([8, 7, 7, 7], 0)[0]).any()
+    assert (plain[0] != keys([7, 7, 7, 7], 1)[0]).any()
+    # A plain sample is the same in every round; what a round draws for itself never comes again.
+    one, two = jnp.array([5] * 4), jnp.array([6] * 4)
+    assert (keys([7, 7, 7, 7], 0, one) == keys([7, 7, 7, 7], 0, two)).all()
+    for stream in (1, 2, 3):
+        assert (keys([7] * 4, stream, one) != keys([7] * 4, stream, two)).any(axis=1).all()
 
 
 def test_greedy_rows_beside_sampled_ones_are_untouched():

@@ -1,1 +1,1 @@
-"""Draft and verify: a cheap guess, judged by the model in one forward, that never changes output."""
+"""Draft and verify: cheap guesses, judged by the model in one forward; the text stays its own."""

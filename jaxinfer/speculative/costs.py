@@ -34,8 +34,7 @@ class Costs:
         most = max(1, widths[-1] - 1)
         none, full = self.draft_seconds
         draft = sum(
-            n * (none + (full - none) * (w - 1) / most)
-            for n, w in zip(rounds, widths, strict=True)
+            n * (none + (full - none) * (w - 1) / most) for n, w in zip(rounds, widths, strict=True)
         )
         verify = sum(n * c for n, c in zip(rounds, self.verify_seconds, strict=True))
         share = draft / (draft + verify) if draft + verify else 0.0

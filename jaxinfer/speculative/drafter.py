@@ -1,4 +1,4 @@
-"""What a drafter is: something cheap that guesses the next few tokens. It can be wrong, not harmful.
+"""What a drafter is: something cheap that guesses the next tokens. It can be wrong, not harmful.
 
 A new one subclasses `Drafter` and writes `propose`; one with a memory of its own writes `init` and
 `observe` too. All three are traced into the loop, so they are jax code without host round trips.

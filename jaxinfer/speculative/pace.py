@@ -1,4 +1,4 @@
-"""How many tokens to draft: as many as pay, by what a round costs here and what this text accepts."""
+"""How many tokens to draft: as many as pay, by a round's cost here and what this text accepts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Pace:
         return jnp.argmax(tokens.sum(0) / seconds).astype(jnp.int32)
 
     def update(self, num_accepted: jax.Array, judged: jax.Array) -> Pace:
-        """After a round. A row that was offered nothing drifts back to the prior, and tries again."""
+        """After a round. A row that was offered nothing drifts back to the prior."""
         return dataclasses.replace(
             self,
             accepted=MEMORY * self.accepted + num_accepted,

@@ -67,9 +67,7 @@ class Plan:
 
 # The old run is dead after each call: donating it lets the cache be updated where it lies.
 @partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("run",))
-def prefill(
-    params: Params, run: Run, drafter: Drafter, *, config: ModelConfig, width: int
-) -> Run:
+def prefill(params: Params, run: Run, drafter: Drafter, *, config: ModelConfig, width: int) -> Run:
     """Put the next `width` prompt tokens of every row into the cache, all but the last of each."""
     state = run.state
     start = state.cache.lengths

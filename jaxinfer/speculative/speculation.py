@@ -23,7 +23,7 @@ class Speculation:
       InvalidArgument: an unknown verifier, a bad draft length, a verifier that is not exact.
     """
 
-    drafter: Drafter = NoDrafter()
+    drafter: Drafter = dataclasses.field(default_factory=NoDrafter)
     verifier: Verifier = "auto"
     exact: bool = False
 
@@ -38,7 +38,9 @@ class Speculation:
         length = self.drafter.num_draft
         fits = length == "auto" or (type(length) is int and 0 <= length <= MAX_DRAFT)
         if not fits:
-            raise InvalidArgument(f"num_draft={length!r}: 'auto', or a number from 0 to {MAX_DRAFT}")
+            raise InvalidArgument(
+                f"num_draft={length!r}: 'auto', or a number from 0 to {MAX_DRAFT}"
+            )
         if self.exact and self.verifier not in ("auto", "exact"):
             raise InvalidArgument(
                 f"exact=True samples as plain decoding does, verifier={self.verifier!r} does not:"

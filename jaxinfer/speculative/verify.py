@@ -32,9 +32,7 @@ class Accepted(NamedTuple):
     num_accepted: jax.Array  # [B] i32 in 0..M
 
 
-def exact(
-    scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array
-) -> Accepted:
+def exact(scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array) -> Accepted:
     """Sample from the target as plain decoding would; keep the draft as far as it says the same.
 
     The token at the first mismatch is the sample itself, so every token is drawn as it would have
@@ -47,9 +45,7 @@ def exact(
     return Accepted(tokens, _prefix(tokens[:, :-1] == draft.tokens, draft.num))
 
 
-def rejection(
-    scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array
-) -> Accepted:
+def rejection(scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array) -> Accepted:
     """Keep x with probability min(1, p(x)/q(x)), one after the other (arXiv 2211.17192)."""
     p, q = probabilities(scores, rows), _drafted(draft, scores)
     u = _uniform(rows, position, draft)

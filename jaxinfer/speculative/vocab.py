@@ -18,7 +18,9 @@ import numpy as np
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.tokenizer import Tokenizer
 
-MAX_PIECES = 8  # of the drafter's tokens for one of the target's; what is longer loses its beginning
+MAX_PIECES = (
+    8  # of the drafter's tokens for one of the target's; what is longer loses its beginning
+)
 MIN_SHARED = 2  # with fewer tokens in common there is nothing to choose from
 
 
