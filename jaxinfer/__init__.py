@@ -46,8 +46,8 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"jaxinfer.{_HOMES[name]}"), name)
-    if name == "testing":
-        return importlib.import_module("jaxinfer.testing")
+    if name in ("testing", "speculative"):
+        return importlib.import_module(f"jaxinfer.{name}")
     raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}")
 
 

@@ -170,6 +170,21 @@ def test_wrong_architecture(capsys, tmp_path):
     assert "Mamba" in err
 
 
+def test_speculation_flags(capsys, model):
+    bad = [
+        (["--drafter=nothing-like-this"], "nothing-like-this"),
+        (["--drafter=ngram", "--num_draft=many"], "--num_draft=many"),
+        (["--drafter=ngram", "--num_draft=1000"], "num_draft=1000"),
+        (["--drafter=ngram", "--verifier=lenient"], "lenient"),
+        (["--drafter=ngram", "--verifier=block", "--exact"], "exact=True"),
+    ]
+    for flags, words in bad:
+        assert main(["jaxinfer", "generate", model, "--prompt=x", *flags]) == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert err.startswith("jaxinfer: ")
+        assert words in err
+
+
 def test_a_model_larger_than_the_memory(capsys, tmp_path):
     """Four terabytes of weights in a sparse file: refused by its header, in bytes."""
     wide, hidden = 2**20, 2**18

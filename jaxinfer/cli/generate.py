@@ -5,6 +5,7 @@ Text goes to stdout, everything else to stderr.
   jaxinfer generate --prompt="What is the capital of France?"
   jaxinfer generate --model=gemma-3-270m --prompt="Once upon a time" --temperature=0.8 --seed=1
   jaxinfer generate --prompt_file=questions.txt --json > answers.jsonl
+  jaxinfer generate --prompt="Repeat: one two three four" --drafter=ngram --stats
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from typing import Any
 
 from absl import flags
 
-from jaxinfer.cli.model_flags import define_model_flags, load_model
+from jaxinfer.cli.model_flags import (
+    define_model_flags,
+    define_speculation_flags,
+    load_model,
+    speculation_options,
+)
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.sampling import SamplingParams
 
@@ -44,6 +50,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
     to: dict[str, Any] = {"flag_values": values}
     define_model_flags(values)
+    define_speculation_flags(values)
     flags.DEFINE_multi_string("prompt", [], "Text to continue or answer; repeatable.", **to)
     flags.DEFINE_string("prompt_file", None, "A file with a prompt a line; - is stdin.", **to)
     flags.DEFINE_boolean("chat", None, "Use the chat template; default: if there is one.", **to)
@@ -72,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
     }
     SamplingParams(**given)  # complains of bad values before anything is loaded
 
-    llm = load_model(values)
+    llm = load_model(values, **speculation_options(values))
     params = dataclasses.replace(llm.default_params, **given)
     chat = llm.chats if values.chat is None else values.chat
     inputs = [llm.chat_ids([{"role": "user", "content": p}]) for p in prompts] if chat else prompts

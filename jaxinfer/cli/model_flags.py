@@ -21,6 +21,32 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
 
 
+def define_speculation_flags(values: flags.FlagValues) -> None:
+    """Define the flags that say how tokens are drafted and verified."""
+    to: dict[str, Any] = {"flag_values": values}
+    what = "Guesses tokens to verify: auto, none, ngram, self, or a model's name or path."
+    flags.DEFINE_string("drafter", "none", what, **to)
+    flags.DEFINE_string("num_draft", None, "Tokens it offers a round; auto: as many as pay.", **to)
+    judged = "exact, rejection or block; auto: as suits the drafter."
+    flags.DEFINE_string("verifier", "auto", judged, **to)
+    flags.DEFINE_boolean("exact", False, "The same bits with and without a drafter; slower.", **to)
+
+
+def speculation_options(values: flags.FlagValues) -> dict[str, Any]:
+    """Those flags as arguments of `load`."""
+    num_draft: Any = values.num_draft
+    if num_draft not in (None, "auto"):
+        if not num_draft.isdecimal():
+            raise InvalidArgument(f"--num_draft={num_draft}: 'auto' or a whole number")
+        num_draft = int(num_draft)
+    return {
+        "drafter": values.drafter,
+        "num_draft": num_draft,
+        "verifier": values.verifier,
+        "exact": values.exact,
+    }
+
+
 def load_model(values: flags.FlagValues, **options: Any) -> Any:
     """The LLM that the flags name."""
     import jax

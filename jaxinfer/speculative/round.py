@@ -193,12 +193,14 @@ def _verify(
         if plan.canonical is None:
             logits = logits[:, : size + 1]  # width may be more, where one row is slower than two
         history = History(tokens, state.num_tokens + first, state.prompt)
-        parts.append((hidden, logits, process_logits(logits, rows, history)))
-    hidden, logits, scores = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+        scores = process_logits(logits, rows, history)
+        logp = scores if state.logprobs is None else jax.nn.log_softmax(logits, axis=-1)
+        parts.append((hidden, scores, logp))
+    hidden, scores, logp = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
     verify = VERIFIERS[plan.verifier]
     kept = verify(scores[:, : size + 1], draft, rows, state.num_tokens)
-    state, num_new = _commit(state, tokens, kept, logits, rows)
+    state, num_new = _commit(state, tokens, kept, logp, rows)
     cache = cache.rewind(num_fed - num_new)
     pad = [(0, 0), (0, plan.widths[-1] - width), (0, 0)]
     return (
@@ -210,7 +212,7 @@ def _verify(
 
 
 def _commit(
-    state: State, tokens: jax.Array, kept: Accepted, logits: jax.Array, rows: SamplingRows
+    state: State, tokens: jax.Array, kept: Accepted, logp: jax.Array, rows: SamplingRows
 ) -> tuple[State, jax.Array]:
     """Append what is kept to the rows that are not done, up to a row's end; and how many [B]."""
     size = kept.tokens.shape[1]
@@ -224,7 +226,7 @@ def _commit(
     drafted = t < kept.num_accepted[:, None]
     logprobs = state.logprobs
     if logprobs is not None:
-        logp = jax.nn.log_softmax(logits[:, :size], axis=-1)
+        logp = logp[:, :size]
         top, top_ids = jax.lax.top_k(logp, logprobs.top.shape[-1])
         chosen = jnp.take_along_axis(logp, kept.tokens[..., None], axis=-1)[..., 0]
         logprobs = jax.tree.map(

@@ -1,0 +1,201 @@
+"""Verification never changes the distribution: enumerated without sampling noise, then drawn."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxinfer.sampling import (
+    STREAM_DRAFT,
+    SamplingParams,
+    choose,
+    probabilities,
+    row_keys,
+    sampling_rows,
+)
+from jaxinfer.speculative.drafter import Draft
+from jaxinfer.speculative.verify import VERIFIERS, Accepted, block_keep, exact, residual
+
+CASES = [(vocab, size) for vocab in (2, 3, 4) for size in (1, 2, 3)]
+
+
+def tree(rng, vocab, depth, sharp):
+    """A distribution behind every prefix of up to `depth` tokens; some with zeros."""
+    out = {}
+    for n in range(depth + 1):
+        for prefix in itertools.product(range(vocab), repeat=n):
+            p = rng.dirichlet(np.full(vocab, sharp))
+            if rng.random() < 0.3:
+                p[rng.integers(vocab)] = 0
+            out[prefix] = p / p.sum()
+    return out
+
+
+def laws(rule, p, q, drafts):
+    """For each draft: probability [n,M+1] to keep just so many, and what follows [n,M+1,V]."""
+    n, size = drafts.shape
+    num = jnp.full((n,), size)
+    if rule == "exact":  # a sample y_i from p_i: kept while it is the draft, else it follows itself
+        kept = np.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
+        reach = np.cumprod(np.concatenate([np.ones((n, 1)), kept], axis=1), axis=1)
+        others = np.array(p)
+        for i in range(size):
+            others[np.arange(n), i, drafts[:, i]] = 0
+        return reach, others
+    if rule == "block":
+        keep, ratio = map(np.asarray, block_keep(jnp.array(p), jnp.array(q), drafts, num))
+        stop = np.concatenate([np.ones((n, 1)), keep], axis=1)  # the largest i that passes
+        beyond = np.cumprod(np.concatenate([np.ones((n, 1)), 1 - keep[:, ::-1]], axis=1), axis=1)
+        reach = stop * beyond[:, ::-1]
+    else:
+        px = np.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
+        qx = np.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
+        keep = np.minimum(1, px / np.where(qx > 0, qx, 1))
+        ratio = np.ones((n, size + 1))
+        run = np.cumprod(np.concatenate([np.ones((n, 1)), keep], axis=1), axis=1)
+        reach = run * np.concatenate([1 - keep, np.ones((n, 1))], axis=1)
+    follows = [
+        np.asarray(residual(jnp.array(p), jnp.array(q), jnp.array(ratio), jnp.full((n,), i), num))
+        for i in range(size + 1)
+    ]
+    return reach, np.stack(follows, axis=1)
+
+
+def emitted(rule, target, drafted, vocab, size, biased=False):
+    """Law of the first size + 1 tokens: a round, then plain samples for what it left out."""
+    drafts = np.array(list(itertools.product(range(vocab), repeat=size)))
+
+    def along(law, count):
+        return np.array([[law[tuple(x[:i])] for i in range(count)] for x in drafts])
+
+    p, q = along(target, size + 1), along(drafted, size)
+    weight = np.prod(np.take_along_axis(q, drafts[..., None], axis=-1)[..., 0], axis=1)
+    reach, follows = laws(rule, p, q, drafts)
+    if biased:  # a fresh draw at the mismatch instead of the residual
+        follows = p
+    law = dict.fromkeys(itertools.product(range(vocab), repeat=size + 1), 0.0)
+    for x, w, r, f in zip(drafts, weight, reach, follows, strict=True):
+        for kept in range(size + 1):
+            for y in range(vocab):
+                start = (*x[:kept].tolist(), y)
+                mass = w * r[kept] * f[kept, y]
+                if mass == 0:
+                    continue
+                for rest in itertools.product(range(vocab), repeat=size - kept):
+                    whole, m = start + rest, mass
+                    for i in range(kept + 1, size + 1):
+                        m *= target[whole[:i]][whole[i]]
+                    law[whole] += m
+    return law
+
+
+@pytest.mark.parametrize("rule", list(VERIFIERS))
+def test_enumerated_in_float64(rule):
+    with jax.enable_x64(True):
+        for vocab, size in CASES:
+            rng = np.random.default_rng(vocab * 10 + size)
+            for sharp in (0.3, 2.0):
+                target, drafted = (tree(rng, vocab, size, sharp) for _ in range(2))
+                law = emitted(rule, target, drafted, vocab, size)
+                for tokens, mass in law.items():
+                    want = np.prod([target[tokens[:i]][t] for i, t in enumerate(tokens)])
+                    assert abs(mass - want) < 1e-12, (vocab, size, tokens)
+
+
+def test_the_enumeration_sees_a_bias():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        target, drafted = (tree(rng, 3, 2, 1.0) for _ in range(2))
+        law = emitted("rejection", target, drafted, 3, 2, biased=True)
+        want = {t: np.prod([target[t[:i]][x] for i, x in enumerate(t)]) for t in law}
+        assert max(abs(law[t] - want[t]) for t in law) > 1e-3
+
+
+def biased(scores, draft, rows, position):
+    """Deliberately wrong: a fresh plain draw where the draft is refused."""
+    kept = VERIFIERS["rejection"](scores, draft, rows, position)
+    fresh = exact(scores, draft, rows, position)
+    here = jnp.arange(kept.tokens.shape[1]) == kept.num_accepted[:, None]
+    return Accepted(jnp.where(here, fresh.tokens, kept.tokens), kept.num_accepted)
+
+
+def pvalue(verify, vocab, draws, probs=True, temperature=1.0):
+    """Chi-square of the first token of a round whose drafter likes what the target does not."""
+    rng = np.random.default_rng(1)
+    target = jnp.asarray(rng.normal(size=vocab).astype(np.float32) * 1.5)
+    chunk, size = max(250, min(5000, 2_000_000 // vocab)), 2
+    params = [SamplingParams(temperature=temperature, seed=3)] * chunk
+
+    @jax.jit
+    def first(samples):
+        rows = sampling_rows(
+            params,
+            samples=[0] * chunk,
+            seeds=[3] * chunk,
+            stop_ids=[()] * chunk,
+            vocab_limit=vocab,
+        )._replace(sample=samples)
+        scores = jnp.broadcast_to(target / temperature, (chunk, size + 1, vocab))
+        own = -scores[:, :size]  # draft = the target's logits, negated
+        position = jnp.full((chunk,), 5)
+        keys = row_keys(rows, position[:, None] + jnp.arange(size), STREAM_DRAFT, position)
+        draft = Draft(
+            choose(own, rows, keys),
+            jnp.full((chunk,), size),
+            probabilities(own, rows) if probs else None,
+        )
+        if not probs:  # a point mass may depend on anything but the target's noise
+            draft = draft._replace(tokens=jnp.broadcast_to(jnp.arange(size), (chunk, size)))
+        kept = verify(scores, draft, rows, position)
+        return kept.tokens[:, 0]
+
+    counts = np.zeros(vocab)
+    for at in range(0, draws, chunk):
+        counts += np.bincount(np.asarray(first(jnp.arange(at, at + chunk))), minlength=vocab)
+    want = np.asarray(jax.nn.softmax(target / temperature), np.float64)
+    want *= counts.sum() / want.sum()
+    order = np.argsort(want)
+    bins = (np.cumsum(want[order]) // 20).astype(int)
+    got, expected = (np.bincount(bins, weights=x[order]) for x in (counts, want))
+    used = expected > 0
+    return stats.chisquare(got[used], expected[used]).pvalue
+
+
+@pytest.mark.parametrize("vocab", [16, 4096])
+def test_draws_follow_the_target(vocab):
+    """Holm-corrected over the verifiers, with distributions and with point masses."""
+    draws = 200_000 if vocab == 16 else 40_000
+    found = sorted(
+        pvalue(VERIFIERS[rule], vocab, draws, probs)
+        for rule in VERIFIERS
+        for probs in (True, False)
+    )
+    for i, p in enumerate(found):
+        assert p > 0.01 / (len(found) - i), found
+
+
+def test_a_biased_verifier_is_found_out():
+    assert pvalue(biased, 16, 50_000) < 1e-6
+
+
+def test_a_token_without_probability_is_never_kept():
+    """`u <= p` would keep it where u is 0; so would a division by q."""
+    rows = sampling_rows(
+        [SamplingParams(temperature=1.0)] * 4096,
+        samples=range(4096),
+        seeds=[0] * 4096,
+        stop_ids=[()] * 4096,
+        vocab_limit=4,
+    )
+    scores = jnp.broadcast_to(jnp.array([-jnp.inf, 0.0, 0.0, -jnp.inf]), (4096, 2, 4))
+    position = jnp.arange(4096)
+    draft = Draft(jnp.zeros((4096, 1), jnp.int32), jnp.ones((4096,), jnp.int32))
+    for verify in VERIFIERS.values():
+        kept = verify(scores, draft, rows, position)
+        assert int(kept.num_accepted.sum()) == 0
+        assert set(np.asarray(kept.tokens[:, 0]).tolist()) == {1, 2}
