@@ -62,6 +62,11 @@ class Model:
             self.devices,
         )
 
+    def place(self, run: speculative.Run) -> speculative.Run:
+        """`run` bound to the model's device, as every result of a step is: else the first call
+        would be another program than the next. A mesh binds the cache alone."""
+        return run if self.mesh else jax.device_put(run, self.devices[0])
+
     def narrow(self, batch: int) -> int:
         """The cheapest T for one token a row: XLA:CPU runs a bfloat16 matrix times one row ten
         times slower than times two."""
@@ -126,7 +131,7 @@ def new_run(
     )
     own = speculation.drafter.init(size, capacity)
     pace = new_pace(size, *costs.by_length(width, plan.widths))
-    return speculative.Run(state, own, pace, counts)
+    return model.place(speculative.Run(state, own, pace, counts))
 
 
 class Batch:
@@ -222,7 +227,7 @@ class Batch:
         self._done = self._done.copy()
         self._done[row] = True
         state = dataclasses.replace(self.run.state, done=jnp.asarray(self._done))
-        self.run = dataclasses.replace(self.run, state=state)
+        self.run = self.model.place(dataclasses.replace(self.run, state=state))
 
     def logprobs(self, row: int, count: int) -> list[TokenLogprob] | None:
         """Log-probabilities of the first `count` new tokens of a row, if it asked for them."""

@@ -65,7 +65,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
             done=jnp.zeros((batch,), bool),
             cache=dataclasses.replace(run.state.cache, lengths=lengths - 1),
         )
-        run = jax.block_until_ready(dataclasses.replace(run, state=state))
+        run = jax.block_until_ready(model.place(dataclasses.replace(run, state=state)))
         begin = time.perf_counter()
         run = jax.block_until_ready(
             speculative.rounds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -219,6 +220,16 @@ def test_nothing_compiles_once_warm(llm):
         everything("aaaaaaa")
         everything("To be, or not")
     assert compiled == []
+
+
+def test_the_loop_is_compiled_once_from_calibration_to_the_last_token(llm):
+    """A loaded model's weights are bound to a device, and then every input must always be."""
+    params = jax.device_put(llm.params, jax.devices()[0])
+    bound = LLM(params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
+    with steps.count_compilations() as compiled:
+        bound.generate("abcabcabc", GREEDY, drafter=NGramDrafter(num_draft=2))
+        bound.generate("a", GREEDY, drafter=NGramDrafter(num_draft=2), stop="?!")
+    assert sum("rounds" in name for name in compiled) == 1
 
 
 class Wrong(LastToken, kw_only=True):
