@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,7 @@ WARM = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.9, top_p=0.9
 
 
 class LastToken(Drafter, kw_only=True):
-    """Offers the last token again and again; the README's example."""
+    """Offers the last token again and again."""
 
     num_draft: int = static(3)
 
@@ -220,6 +222,17 @@ def test_nothing_compiles_once_warm(llm):
         everything("aaaaaaa")
         everything("To be, or not")
     assert compiled == []
+
+
+def test_the_drafter_of_the_readme(llm):
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    (source,) = (block for block in blocks if "class LastToken" in block)
+    room = {"llm": llm}
+    exec(source, room)
+    out = llm.generate("aaaa", GREEDY, drafter=room["LastToken"]())
+    assert out.stats.drafted > 0
+    assert out.token_ids == llm.generate("aaaa", GREEDY).token_ids
 
 
 def test_the_loop_is_compiled_once_from_calibration_to_the_last_token(llm):
