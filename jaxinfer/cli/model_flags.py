@@ -24,7 +24,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
 def define_speculation_flags(values: flags.FlagValues) -> None:
     """Define the flags that say how tokens are drafted and verified."""
     to: dict[str, Any] = {"flag_values": values}
-    what = "Guesses tokens to verify: auto, none, ngram, self, or a model's name or path."
+    what = "Guesses tokens: auto, none, ngram, self, or a model by name."
     flags.DEFINE_string("drafter", "none", what, **to)
     flags.DEFINE_string("num_draft", None, "Tokens it offers a round; auto: as many as pay.", **to)
     judged = "exact, rejection or block; auto: as suits the drafter."
