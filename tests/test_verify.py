@@ -169,7 +169,7 @@ def pvalue(verify, vocab, draws, probs=True, temperature=1.0):
 @pytest.mark.parametrize("vocab", [16, 4096])
 def test_draws_follow_the_target(vocab):
     """Holm-corrected over the verifiers, with distributions and with point masses."""
-    draws = 200_000 if vocab == 16 else 40_000
+    draws = 200_000 if vocab == 16 else 20_000
     found = sorted(
         pvalue(VERIFIERS[rule], vocab, draws, probs)
         for rule in VERIFIERS
