@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxinfer.config import ModelConfig as ModelConfig
     from jaxinfer.errors import JaxinferError as JaxinferError
     from jaxinfer.generate import LLM as LLM
-    from jaxinfer.generate import load as load
+    from jaxinfer.loading import load as load
     from jaxinfer.outputs import GenerationOutput as GenerationOutput
     from jaxinfer.sampling import SamplingParams as SamplingParams
     from jaxinfer.sharding import make_mesh as make_mesh
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded on first use: `import jaxinfer` alone costs next to nothing.
 _HOMES = {
     "LLM": "generate",
-    "load": "generate",
+    "load": "loading",
     "GenerationOutput": "outputs",
     "JaxinferError": "errors",
     "ModelConfig": "config",

@@ -13,13 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.batch import Model, new_run
-from jaxinfer.sampling import (
-    STREAM_SAMPLE,
-    SamplingParams,
-    SamplingRows,
-    row_keys,
-    sampling_rows,
-)
+from jaxinfer.sampling import STREAM_SAMPLE, SamplingRows, greedy_rows, row_keys
 from jaxinfer.speculative import round as speculative
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter
@@ -45,13 +39,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
         capacity=capacity,
         logprobs=False,
     )
-    rows = sampling_rows(
-        [SamplingParams()] * batch,
-        samples=[0] * batch,
-        seeds=[0] * batch,
-        stop_ids=[()] * batch,
-        vocab_limit=model.vocab_limit,
-    )
+    rows = greedy_rows(batch, model.vocab_limit)
 
     def one_round(width: int, max_new: int) -> float:
         """Seconds of one round that may offer width - 1 tokens; max_new=0: of no round at all."""

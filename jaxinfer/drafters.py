@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.batch import Model
 from jaxinfer.errors import InvalidArgument
-from jaxinfer.sampling import History, SamplingParams, sampling_rows
+from jaxinfer.sampling import History, greedy_rows
 from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
-from jaxinfer.speculative.speculation import Speculation
+from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.speculative.vocab import identity, map_vocabularies
 from jaxinfer.tokenizer import Tokenizer
 
 NAMES = ("auto", "none", "ngram", "self")
+
+
+def make_speculation(
+    drafter: Any,
+    num_draft: int | Literal["auto"] | None,
+    verifier: Verifier,
+    exact: bool,
+    model: Model,
+    tokenizer: Tokenizer,
+) -> Speculation:
+    """What `LLM.speculation` says, with every default told."""
+    found = make_drafter(drafter, model, tokenizer)
+    if num_draft is not None and not isinstance(found, NoDrafter):
+        found = found.replace(num_draft=num_draft)
+    return Speculation(found, verifier, exact)
 
 
 def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
@@ -91,13 +106,7 @@ def check_drafter(model: Model, speculation: Speculation, batch: int, capacity: 
     tokens: Any = jax.ShapeDtypeStruct((batch, capacity), jnp.int32)
     context = History(tokens, ints, ints)
     hidden = jax.ShapeDtypeStruct((batch, size + 1, model.config.width), model.dtype)
-    rows = sampling_rows(
-        [SamplingParams()] * batch,
-        samples=[0] * batch,
-        seeds=[0] * batch,
-        stop_ids=[()] * batch,
-        vocab_limit=model.vocab_limit,
-    )
+    rows = greedy_rows(batch, model.vocab_limit)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (batch, size)))
     state = jax.eval_shape(lambda: drafter.init(batch, capacity))
     draft, after = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)

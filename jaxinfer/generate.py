@@ -1,4 +1,4 @@
-"""What users touch: `load` and `LLM` with generate, stream, chat, score and forward.
+"""What users touch: `LLM` with generate, stream, chat, score and forward; `loading.py` makes one.
 
 Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the host's
 side of a batch), `speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`,
@@ -9,27 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import scoring, steps
+from jaxinfer import scoring
 from jaxinfer.batch import Batch, Model, capacity_of
 from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
-from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.config import ModelConfig
-from jaxinfer.drafters import NAMES, check_drafter, make_drafter
+from jaxinfer.drafters import check_drafter, make_speculation
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
 from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece
+from jaxinfer.prompts import Prompt, prompt_ids
 from jaxinfer.requests import Request, make_requests
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.speculative.costs import Costs
-from jaxinfer.speculative.drafter import NoDrafter
+from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
@@ -37,82 +36,10 @@ from jaxinfer.tokenizer import Tokenizer
 STEPS_PER_LOOK = 64  # tokens between two looks of the host at a batch without stop strings
 STEPS_PER_LOOK_STOP = 8  # with stop strings: at most this many tokens are made in vain
 
-Prompt = str | Sequence[int]  # text or token ids
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 OneOrEach = SamplingParams | Sequence[SamplingParams] | None  # for all prompts, or one each
-
-DrafterLike = Any  # what LLM.speculation takes: a name, a Drafter, an LLM or None
-
-
-def load(
-    name: str | Path = DEFAULT_MODEL,
-    *,
-    dtype: str | jnp.dtype | None = None,
-    mesh: Mesh | None = None,
-    drafter: DrafterLike = None,
-    num_draft: int | Literal["auto"] | None = None,
-    verifier: Verifier = "auto",
-    exact: bool = False,
-    max_len: int | None = None,
-    max_batch: int = 32,
-    cache_dir: str | Path | None = None,
-) -> LLM:
-    """Load a model by name.
-
-    Args:
-      name: an alias (`smollm2-135m-instruct`, `gemma-3-270m`), `hf://org/name[@revision]`, a folder
-        (safetensors or Orbax) or a .gguf file.
-      dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
-        Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
-      mesh: spreads the weights, see `make_mesh`; None: one device.
-      drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
-      num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
-      verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
-      exact: with and without a drafter the output is the same bits, at the cost of some speed.
-      max_len: context in tokens; None: the model's own.
-      max_batch: most rows that run at once; more prompts run in turns.
-      cache_dir: where downloads and compiled programs are kept; None: JAXINFER_CACHE, else
-        ~/.cache/jaxinfer.
-
-    Raises:
-      JaxinferError: ModelNotFound, UnsupportedModel, CorruptFile, OutOfMemory or InvalidArgument.
-    """
-    if max_len is not None and max_len < 2:
-        raise InvalidArgument(f"max_len={max_len}: must be 2 or more")
-    from jaxinfer.checkpoint import hub
-    from jaxinfer.checkpoint.load import load_checkpoint
-    from jaxinfer.checkpoint.orbax import is_orbax, stored_dtype
-
-    folder = Path(cache_dir) if cache_dir else hub.cache_dir()
-    steps.enable_compile_cache(folder / "compiled")
-    path = hub.resolve(str(name), cache=folder)
-    kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
-    checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
-    llm = LLM(
-        checkpoint.params,
-        checkpoint.config,
-        checkpoint.tokenizer,
-        dtype=kind,
-        mesh=mesh,
-        max_len=max_len,
-        max_batch=max_batch,
-        default_params=checkpoint.default_params,
-        eos_ids=checkpoint.eos_ids,
-    )
-    if isinstance(drafter, str | Path) and drafter not in NAMES:
-        drafter = load(drafter, dtype=kind, mesh=mesh, cache_dir=cache_dir)
-    llm.default_speculation = llm.speculation(drafter, num_draft, verifier, exact)
-    return llm
-
-
-def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
-    if dtype is None:
-        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
-        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    known = ("float32", "bfloat16", "float16")
-    if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
-        raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")
-    return jnp.dtype(dtype)
+# See LLM.speculation; a path, and a name that is none of its own, for `load` alone.
+DrafterLike: TypeAlias = "LLM | Drafter | str | Path | None"
 
 
 class LLM:
@@ -130,6 +57,10 @@ class LLM:
         max_batch: int = 32,
         default_params: SamplingParams | None = None,
         eos_ids: Sequence[int] | None = None,
+        drafter: DrafterLike = None,
+        num_draft: int | Literal["auto"] | None = None,
+        verifier: Verifier = "auto",
+        exact: bool = False,
     ) -> None:
         if max_batch < 1:
             raise InvalidArgument(f"max_batch={max_batch}: must be 1 or more")
@@ -144,7 +75,9 @@ class LLM:
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
         self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit)
-        self.default_speculation = Speculation()
+        self.default_speculation = make_speculation(
+            drafter, num_draft, verifier, exact, self.model, tokenizer
+        )
         self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan and batch size
 
     @property
@@ -198,7 +131,7 @@ class LLM:
         Raises:
           InvalidArgument: an empty prompt, a bad id or parameter; PromptTooLong; OutOfMemory.
         """
-        ids, single = self._token_ids(prompts)
+        ids, single = self._ids(prompts)
         rows = self._requests(ids, params, overrides)
         speculation = self.speculation(drafter, num_draft, verifier, exact)
         outputs: list[GenerationOutput | None] = [None] * len(rows)
@@ -229,7 +162,7 @@ class LLM:
           `Piece`, a str whose `row` tells the row; for one prompt they join to the whole text.
           Every row ends with a piece that has a `finish_reason`.
         """
-        ids, _ = self._token_ids(prompts)
+        ids, _ = self._ids(prompts)
         rows = self._requests(ids, params, overrides)
         if len(rows) > self.max_batch:
             raise InvalidArgument(f"{len(rows)} rows to stream at once; max_batch={self.max_batch}")
@@ -278,17 +211,13 @@ class LLM:
           InvalidArgument: no such drafter, a draft length or a verifier that does not fit.
         """
         base = self.default_speculation
-        found = (
-            base.drafter
-            if isinstance(drafter, str) and drafter == "default"
-            else make_drafter(drafter, self.model, self.tokenizer)
-        )
-        if num_draft is not None and not isinstance(found, NoDrafter):
-            found = found.replace(num_draft=num_draft)
-        return Speculation(
-            found,
+        return make_speculation(
+            base.drafter if isinstance(drafter, str) and drafter == "default" else drafter,
+            num_draft,
             base.verifier if verifier is None else verifier,
             base.exact if exact is None else exact,
+            self.model,
+            self.tokenizer,
         )
 
     def _costs_of(self, speculation: Speculation, rows: Sequence[Request]) -> Costs:
@@ -348,7 +277,7 @@ class LLM:
           np.ndarray [T-1] f32 for a text of T tokens, BOS included where the tokenizer adds one; a
           list of them for a list.
         """
-        ids, single = self._token_ids(texts)
+        ids, single = self._ids(texts)
         self._check_lengths(ids)
         groups = [ids[i : i + self.max_batch] for i in range(0, len(ids), self.max_batch)]
         scores = [row for group in groups for row in scoring.score(self.model, group)]
@@ -365,7 +294,7 @@ class LLM:
 
         A new length may compile a slice of the result; the model itself runs in buckets.
         """
-        ids, _ = self._token_ids(token_ids)
+        ids, _ = self._ids(token_ids)
         self._check_lengths(ids)
         return scoring.forward(self.model, ids, layers)
 
@@ -374,35 +303,8 @@ class LLM:
         if longest > self.max_len:
             raise PromptTooLong(f"{longest} tokens; the context has {self.max_len}")
 
-    def _token_ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
-        """Ids of each prompt, and whether there was one prompt instead of a list."""
-        if not isinstance(prompts, str | Sequence):  # an array of ids, of one row or of several
-            prompts = np.asarray(prompts).tolist()
-        if not isinstance(prompts, str | Sequence):
-            raise InvalidArgument(f"a prompt is text or token ids, not {prompts!r:.40}")
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            return [self._encode(prompts)], True
-        if not len(prompts):
-            raise InvalidArgument("no prompt: give a text or a list of at least one")
-        return [self._encode(p) for p in prompts], False
-
-    def _encode(self, prompt: Any) -> list[int]:
-        if not isinstance(prompt, str):
-            prompt = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else prompt
-            if not isinstance(prompt, Sequence):
-                raise InvalidArgument(f"a prompt is text or token ids, not {prompt!r:.40}")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
-        if not len(ids):
-            raise InvalidArgument("the prompt is empty: give at least one character or token id")
-        if isinstance(prompt, str):
-            return list(ids)
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int | np.integer):
-                kind = type(i).__name__
-                raise InvalidArgument(f"a prompt is text or a list of token ids, not of {kind}")
-            if not 0 <= i < self.config.vocab_size:
-                raise InvalidArgument(f"token id {i}: must be 0 to {self.config.vocab_size - 1}")
-        return [int(i) for i in ids]
+    def _ids(self, prompts: Any) -> tuple[list[list[int]], bool]:
+        return prompt_ids(prompts, self.tokenizer, self.config.vocab_size)
 
     def _requests(
         self, prompts: list[list[int]], params: OneOrEach, overrides: Mapping[str, Any]

@@ -168,6 +168,17 @@ def sampling_rows(
     )
 
 
+def greedy_rows(batch: int, vocab_limit: int) -> SamplingRows:
+    """Rows without an end or a wish, to measure and to trace with."""
+    return sampling_rows(
+        [SamplingParams()] * batch,
+        samples=[0] * batch,
+        seeds=[0] * batch,
+        stop_ids=[()] * batch,
+        vocab_limit=vocab_limit,
+    )
+
+
 def _room(count: int) -> int:
     """A few fixed widths, so that the number of entries rarely compiles anything."""
     return next(w for w in (8, 128, MAX_BIAS) if count <= w)

@@ -19,11 +19,11 @@ FLOORS = [
     ("jaxinfer.requests", "jaxinfer.steps", "jaxinfer.checkpoint.source"),
     ("jaxinfer.checkpoint.json_file", "jaxinfer.checkpoint.fields", "jaxinfer.template"),
     ("jaxinfer.tokenizer",),
-    ("jaxinfer.chat", "jaxinfer.checkpoint", "jaxinfer.speculative"),
+    ("jaxinfer.chat", "jaxinfer.prompts", "jaxinfer.checkpoint", "jaxinfer.speculative"),
     ("jaxinfer.batch",),
     ("jaxinfer.scoring", "jaxinfer.calibrate", "jaxinfer.drafters"),
     ("jaxinfer.generate",),
-    ("jaxinfer.testing", "jaxinfer.bench"),
+    ("jaxinfer.loading", "jaxinfer.testing", "jaxinfer.bench"),
     ("jaxinfer.cli",),
 ]
 
@@ -77,7 +77,7 @@ def test_no_pickle_and_flags_and_environment_in_their_rooms_only():
     for module, tree in sources():
         names = {name.split(".")[0] for name in imports(tree)}
         assert not names & {"pickle", "dill", "cloudpickle", "torch"} or module in (
-            "jaxinfer.bench.decode",  # the peer, imported when it is asked for
+            "jaxinfer.bench.peers",  # the peer, imported when it is asked for
         ), module
         if "absl" in names:
             assert module.startswith("jaxinfer.cli"), module

@@ -293,8 +293,8 @@ def test_a_draft_longer_than_the_context():
 
 
 def test_load_remembers_a_drafter(llm):
-    again = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
-    again.default_speculation = again.speculation("ngram", 5)
+    parts = (llm.params, llm.config, llm.tokenizer)
+    again = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", num_draft=5)
     out = again.generate("abcabcabc", GREEDY)
     assert out.stats.drafted > 0
     assert again.generate("abcabcabc", GREEDY, drafter=None).stats.drafted == 0

@@ -1,91 +1,147 @@
-"""jaxinfer bench: tokens per second of greedy decoding, beside the memory's limit and a peer.
+"""jaxinfer bench: tokens per second, plain and with drafters, by kind of prompt.
 
-jaxinfer bench
-jaxinfer bench --model=gemma-3-270m --compare=transformers --json
+Greedy answers to short prompts of four kinds, or to a file of yours, one at a time. The runs of all
+systems alternate; a figure is the median of the runs.
+
+  jaxinfer bench
+  jaxinfer bench --drafters=ngram,self --plot=speed.png --json > speed.json
+  jaxinfer bench --model=gemma-3-270m --compare=transformers,llama.cpp --prompts=mine.txt
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from jaxinfer.cli.model_flags import define_model_flags, load_model
+from jaxinfer.cli.model_flags import (
+    define_model_flags,
+    draft_length,
+    load_drafter,
+    load_model,
+)
 from jaxinfer.errors import InvalidArgument
 
-PROMPT = "Once upon a time, in a village at the foot of the mountains, there lived"
+PEERS = ("transformers", "llama.cpp")
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
+    to: dict[str, Any] = {"flag_values": values}
     define_model_flags(values)
-    flags.DEFINE_string("prompt", PROMPT, "Text to continue.", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 128, "New tokens a run.", flag_values=values)
-    flags.DEFINE_integer("runs", 5, "Runs after one warm-up.", flag_values=values)
-    flags.DEFINE_list("compare", [], "Peers on the same weights: transformers.", flag_values=values)
-    flags.DEFINE_boolean("json", False, "Write one JSON object.", flag_values=values)
+    flags.DEFINE_list(
+        "drafters", ["ngram"], "ngram, self, models by name; none: plain alone.", **to
+    )
+    flags.DEFINE_string(
+        "num_draft", "auto", "Tokens they offer a round; auto: as many as pay.", **to
+    )
+    flags.DEFINE_boolean("exact", False, "Measure exact mode.", **to)
+    flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)
+    flags.DEFINE_integer("max_tokens", 128, "Longest answer.", **to)
+    flags.DEFINE_integer("runs", 5, "Runs after one warm-up.", **to)
+    flags.DEFINE_list("compare", [], f"Peers on the same weights: {', '.join(PEERS)}.", **to)
+    flags.DEFINE_string("plot", None, "Save a picture in this file.", **to)
+    flags.DEFINE_boolean("json", False, "Write one JSON object.", **to)
 
 
 def run(values: flags.FlagValues) -> None:
     """Measure and print as the flags say."""
-    if unknown := set(values.compare) - {"transformers"}:
-        raise InvalidArgument(f"--compare={unknown.pop()}: there is transformers")
-    if values.runs < 1:
-        raise InvalidArgument(f"--runs={values.runs}: must be 1 or more")
-    from jaxinfer.bench import decode
+    if unknown := set(values.compare) - set(PEERS):
+        raise InvalidArgument(f"--compare={unknown.pop()}: there are {', '.join(PEERS)}")
+    for name, count in (("runs", values.runs), ("max_tokens", values.max_tokens)):
+        if count < 1:
+            raise InvalidArgument(f"--{name}={count}: must be 1 or more")
+    draft_length(values.num_draft)
+    from jaxinfer.bench import peers, plot, speed
+    from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, read_prompts
     from jaxinfer.checkpoint import hub
 
+    texts = read_prompts(values.prompts) if values.prompts else PROMPTS
     begin = time.perf_counter()
     llm = load_model(values)
     load_seconds = time.perf_counter() - begin
-    ids = llm.tokenizer.encode(values.prompt)
-    runners = {
-        "memory": decode.bandwidth_runner(llm.model.dtype, llm.model.devices[0]),
-        "jaxinfer": decode.jaxinfer_runner(llm, ids, values.max_tokens),
+    names = [name for name in values.drafters if name != "none"]
+    path = hub.resolve(values.model) if values.compare else Path()
+    options = {"exact": values.exact}
+    systems = {
+        "memory": speed.bandwidth(llm.model.dtype, llm.model.devices[0]),
+        "plain": speed.system(llm, None, values.max_tokens, **options),
     }
+    for name in names:
+        drafter = load_drafter(llm, name, values.num_draft)
+        systems[name] = speed.system(llm, drafter, values.max_tokens, **options)
     if "transformers" in values.compare:
-        path = hub.resolve(values.model)
-        runners["transformers"] = decode.transformers_runner(path, ids, values.max_tokens)
-    rates = {
-        name: decode.summary(rate)
-        for name, rate in decode.measure(runners, runs=values.runs).items()
-    }
-    memory = rates.pop("memory")
+        systems |= peers.transformers(path, llm.model.dtype.name, values.max_tokens)
+    if "llama.cpp" in values.compare:
+        systems |= peers.llama_cpp(path, values.max_tokens, os.cpu_count() or 1)
+    ids = {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()}
+    longest = max(len(prompt) for each in ids.values() for prompt in each)
+    found = speed.summarise(speed.run_all(systems, ids, values.runs))
+    memory = found.pop("memory")["tokens_per_second"]["all"]
     limit = memory["median"] / llm.nbytes
-    ours = rates["jaxinfer"]["median"]
+    plain = found["plain"]["tokens_per_second"]["all"]["median"]
     result = {
         "model": values.model,
         "dtype": llm.model.dtype.name,
         "device": llm.model.devices[0].device_kind,
-        "prompt_tokens": len(ids),
-        "new_tokens": values.max_tokens,
+        "exact": values.exact,
+        "runs": values.runs,
+        "max_tokens": values.max_tokens,
         "load_seconds": load_seconds,
         "weight_bytes": llm.nbytes,
         "bytes_per_second": memory,
         "limit_tokens_per_second": limit,
-        "tokens_per_second": rates,
-        "fraction_of_limit": ours / limit,
-        "speedup": {
-            name: ours / rate["median"] for name, rate in rates.items() if name != "jaxinfer"
-        },
+        "fraction_of_limit": plain / limit,
+        "systems": found,
+        "verify_seconds": speed.verify_costs(llm, longest + values.max_tokens),
     }
-    print(json.dumps(result) if values.json else _table(result))
+    if values.plot:
+        plot.draw(result, values.plot)
+    print(json.dumps(result) if values.json else table(result))
 
 
-def _table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
+    """A result as a person reads it."""
+    kinds = list(result["systems"]["plain"]["tokens_per_second"])
+    wide = max(map(len, result["systems"])) + 2
+    columns = "".join(f"{kind:>10}" for kind in kinds)
+    exact = ", exact mode" if result["exact"] else ""
     lines = [
-        f"{result['model']}, {result['dtype']}, on {result['device']}:"
-        f" {result['new_tokens']} tokens behind {result['prompt_tokens']},"
-        f" loaded in {result['load_seconds']:.1f} s",
-        f"{'':>14} {'tokens/s':>9} {'least':>8} {'most':>8} {'of the limit':>13}",
+        f"{result['model']}, {result['dtype']}{exact}, on {result['device']}: greedy answers of up"
+        f" to {result['max_tokens']} tokens, medians of {result['runs']} runs",
+        "",
+        f"{'tokens/s':<{wide}}{columns}   spread of all",
     ]
-    limit = result["limit_tokens_per_second"]
-    for name, rate in result["tokens_per_second"].items():
-        share = rate["median"] / limit
-        cells = f"{rate['median']:>9.1f} {rate['least']:>8.1f} {rate['most']:>8.1f} {share:>12.0%}"
-        lines.append(f"{name:>14} {cells}")
-    speed = result["bytes_per_second"]["median"] / 1e9
-    size = f"{result['weight_bytes']:,} bytes"
-    lines.append(f"{'memory limit':>14} {limit:>9.1f}   ({speed:.1f} GB/s over {size})")
+    for name, found in result["systems"].items():
+        rates = found["tokens_per_second"]
+        cells = "".join(f"{rates[kind]['median']:>10.1f}" for kind in kinds)
+        ends = f"{rates['all']['least']:.1f} to {rates['all']['most']:.1f}"
+        lines.append(f"{name:<{wide}}{cells}   {ends}")
+    gigabytes = result["bytes_per_second"]["median"] / 1e9
+    lines += [
+        f"{'memory limit':<{wide}}{result['limit_tokens_per_second']:>{10 * len(kinds)}.1f}"
+        f"   {gigabytes:.1f} GB/s over {result['weight_bytes']:,} bytes of weights",
+        "",
+        f"{'times plain':<{wide}}{columns}",
+    ]
+    others = {name: x for name, x in result["systems"].items() if name != "plain"}
+    for name, found in others.items():
+        cells = "".join(f"{found['speedup'][kind]:>10.2f}" for kind in kinds)
+        lines.append(f"{name:<{wide}}{cells}")
+    drafters = {name: x for name, x in others.items() if x["tokens_per_round"]}
+    if drafters:
+        lines += ["", f"{'tokens a round':<{wide}}{columns}   drafted tokens kept"]
+    for name, found in drafters.items():
+        cells = "".join(f"{found['tokens_per_round'][kind]:>10.2f}" for kind in kinds)
+        kept = "none drafted" if found["acceptance"] is None else f"{found['acceptance']:.0%}"
+        lines.append(f"{name:<{wide}}{cells}   {kept}")
+    costs = result["verify_seconds"]
+    lines += ["", f"{'tokens verified':<{wide}}" + "".join(f"{m:>10}" for m in costs)]
+    lines.append(f"{'milliseconds':<{wide}}" + "".join(f"{s * 1e3:>10.1f}" for s in costs.values()))
+    one = next(iter(costs.values()))
+    lines.append(f"{'times one':<{wide}}" + "".join(f"{s / one:>10.2f}" for s in costs.values()))
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 Commands:
   generate   continue prompts, or answer them where the model chats
   convert    write a model as an Orbax checkpoint, which loads straight to shardings
-  bench      measure tokens per second beside the memory's limit
+  bench      measure tokens per second, plain and with drafters
+  audit      prove that a drafter does not change what a model says
 
 `jaxinfer COMMAND --help` lists the flags of a command.
 """
@@ -21,7 +22,7 @@ from absl import flags
 import jaxinfer
 from jaxinfer.errors import JaxinferError
 
-COMMANDS = ("generate", "convert", "bench")
+COMMANDS = ("generate", "convert", "bench", "audit")
 HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 

@@ -34,17 +34,28 @@ def define_speculation_flags(values: flags.FlagValues) -> None:
 
 def speculation_options(values: flags.FlagValues) -> dict[str, Any]:
     """Those flags as arguments of `load`."""
-    num_draft: Any = values.num_draft
-    if num_draft not in (None, "auto"):
-        if not num_draft.isdecimal():
-            raise InvalidArgument(f"--num_draft={num_draft}: 'auto' or a whole number")
-        num_draft = int(num_draft)
     return {
         "drafter": values.drafter,
-        "num_draft": num_draft,
+        "num_draft": None if values.num_draft is None else draft_length(values.num_draft),
         "verifier": values.verifier,
         "exact": values.exact,
     }
+
+
+def draft_length(text: str) -> Any:
+    """The value of --num_draft: "auto" or a number."""
+    if text != "auto" and not text.isdecimal():
+        raise InvalidArgument(f"--num_draft={text}: 'auto' or a whole number")
+    return text if text == "auto" else int(text)
+
+
+def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
+    """The drafter `name` for an LLM that is loaded already; `name` may be that of a model."""
+    import jaxinfer
+    from jaxinfer.drafters import NAMES
+
+    other = name if name in NAMES else jaxinfer.load(name, dtype=llm.model.dtype)
+    return llm.speculation(other, draft_length(num_draft)).drafter
 
 
 def load_model(values: flags.FlagValues, **options: Any) -> Any:

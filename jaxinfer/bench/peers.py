@@ -1,0 +1,91 @@
+"""Other systems on the same weights and prompts, imported only when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.bench.speed import Answer, System
+from jaxinfer.errors import InvalidArgument
+
+LOOKUP_TOKENS = 7  # that transformers' prompt lookup drafts; as many as ours
+
+
+def transformers(path: Path, dtype: str, max_tokens: int) -> dict[str, System]:
+    """Hugging Face's greedy decoding on the CPU, plain and with its own prompt lookup.
+
+    Raises InvalidArgument where torch and transformers are not installed.
+    """
+    try:
+        import torch
+        import transformers as hf
+    except ImportError as error:
+        raise InvalidArgument(
+            f"--compare=transformers: {error}; pip install torch transformers accelerate gguf"
+        ) from error
+    folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    kind = getattr(torch, dtype)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options).eval()
+
+    class Clock:
+        """A streamer that notes when the first new tokens came, and how many they were."""
+
+        def __init__(self) -> None:
+            self.puts: list[tuple[float, int]] = []  # of the prompt, then of tokens
+
+        def put(self, value: Any) -> None:
+            self.puts.append((time.perf_counter(), value.numel()))
+
+        def end(self) -> None:
+            pass
+
+    def system(**how: Any) -> System:
+        def run(ids: list[int]) -> Answer:
+            clock, prompt = Clock(), torch.tensor([ids])
+            with torch.inference_mode():
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=False,
+                    max_new_tokens=max_tokens,
+                    pad_token_id=0,
+                    streamer=clock,
+                    **how,
+                )
+            # The first token comes with the prompt's forward, which is not counted.
+            first, *rest = clock.puts[1:]
+            last = rest[-1][0] if rest else first[0]
+            return Answer(sum(n for _, n in rest), last - first[0])
+
+        return run
+
+    lookup = system(prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    return {"transformers": system(), "transformers, prompt lookup": lookup}
+
+
+def llama_cpp(path: Path, max_tokens: int, threads: int) -> dict[str, System]:
+    """llama.cpp on the same .gguf file, whose weights it computes with as they are stored.
+
+    Raises InvalidArgument where it is not installed, or cannot read the file.
+    """
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise InvalidArgument(f"--compare=llama.cpp: {error}; pip install xllamacpp") from error
+    if path.suffix != ".gguf":
+        raise InvalidArgument(f"--compare=llama.cpp reads .gguf files, not {path.name}")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+    params.cpuparams.n_threads = threads
+    server = xllamacpp.Server(params)
+
+    def run(ids: list[int]) -> Answer:
+        asked = {"prompt": ids, "n_predict": max_tokens, "temperature": 0, "cache_prompt": False}
+        told = server.handle_completions(asked)
+        timings = (json.loads(told) if isinstance(told, str) else told)["timings"]
+        return Answer(timings["predicted_n"], timings["predicted_ms"] / 1000)
+
+    return {"llama.cpp": run}

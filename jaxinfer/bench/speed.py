@@ -1,0 +1,154 @@
+"""Tokens per second of greedy decoding: plain, with each drafter, and of other systems.
+
+The runs of all systems alternate, prompt by prompt: a machine that is slow for a while is so for
+all of them. Time is that of generating; reading the prompt is left out everywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from jaxinfer import steps
+from jaxinfer.calibrate import measure
+from jaxinfer.generate import LLM
+from jaxinfer.model import project
+from jaxinfer.sampling import SamplingParams
+from jaxinfer.speculative.drafter import Drafter, NoDrafter
+from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.speculation import Speculation
+
+VERIFIED = (1, 2, 4, 8, 16)  # tokens a forward whose cost the table shows
+
+
+class Answer(NamedTuple):
+    """One answer of one system."""
+
+    tokens: int
+    seconds: float  # of generating them
+    rounds: int = 0  # of speculation
+    drafted: int = 0
+    accepted: int = 0
+
+
+System = Callable[[list[int]], Answer]  # answers a prompt
+
+
+def system(llm: LLM, drafter: Drafter | str | None, max_tokens: int, **options: Any) -> System:
+    """Ours, with a drafter; `options` as `LLM.generate` takes them."""
+    params = SamplingParams(max_tokens=max_tokens)
+
+    def run(ids: list[int]) -> Answer:
+        s = llm.generate(ids, params, drafter=drafter, **options).stats
+        return Answer(s.new_tokens, s.decode_seconds, s.rounds, s.drafted, s.accepted)
+
+    return run
+
+
+def run_all(
+    systems: Mapping[str, System], prompts: Mapping[str, Sequence[list[int]]], runs: int
+) -> dict[str, dict[str, list[list[Answer]]]]:
+    """Answers[system][kind][run][prompt], after a warm-up that is thrown away."""
+    answers: dict[str, dict[str, list[list[Answer]]]] = {
+        name: {kind: [[] for _ in range(runs)] for kind in prompts} for name in systems
+    }
+    work = [(kind, ids) for kind, each in prompts.items() for ids in each]
+    with tqdm(total=(runs + 1) * len(work) * len(systems), unit="answer", leave=False) as bar:
+        for number in range(-1, runs):
+            for kind, ids in work:
+                for name, answer in systems.items():
+                    bar.set_description(name)
+                    got = answer(ids)
+                    bar.update()
+                    if number >= 0:
+                        answers[name][kind][number].append(got)
+    return answers
+
+
+def summarise(answers: Mapping[str, Mapping[str, list[list[Answer]]]]) -> dict[str, Any]:
+    """Of each system: tokens per second and its ratio to "plain", by kind and over all.
+
+    A ratio is taken run by run, and the median of them is told: both runs saw the same machine.
+    """
+    whole = {name: {**kinds, "all": _joined(kinds)} for name, kinds in answers.items()}
+    rates = {
+        name: {kind: [_rate(run) for run in runs] for kind, runs in kinds.items()}
+        for name, kinds in whole.items()
+    }
+    found = {}
+    for name, kinds in rates.items():
+        every = [a for run in whole[name]["all"] for a in run]
+        rounds, drafted = sum(a.rounds for a in every), sum(a.drafted for a in every)
+        found[name] = {
+            "tokens_per_second": {kind: spread(rate) for kind, rate in kinds.items()},
+            "speedup": {
+                kind: statistics.median(
+                    a / b for a, b in zip(rate, rates["plain"][kind], strict=True)
+                )
+                for kind, rate in kinds.items()
+            },
+            "tokens_per_round": {
+                kind: _ratio(runs, lambda a: a.tokens, lambda a: a.rounds)
+                for kind, runs in whole[name].items()
+            }
+            if rounds
+            else None,
+            "acceptance": sum(a.accepted for a in every) / drafted if drafted else None,
+        }
+    return found
+
+
+def _joined(kinds: Mapping[str, list[list[Answer]]]) -> list[list[Answer]]:
+    """The answers to all kinds, run by run."""
+    return [[a for part in parts for a in part] for parts in zip(*kinds.values(), strict=True)]
+
+
+def _rate(run: Sequence[Answer]) -> float:
+    return sum(a.tokens for a in run) / max(sum(a.seconds for a in run), 1e-9)
+
+
+def _ratio(
+    runs: Sequence[Sequence[Answer]],
+    upper: Callable[[Answer], int],
+    lower: Callable[[Answer], int],
+) -> float:
+    every = [a for run in runs for a in run]
+    return sum(map(upper, every)) / max(1, sum(map(lower, every)))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def verify_costs(llm: LLM, capacity: int) -> dict[int, float]:
+    """Seconds of a round of one row that verifies m tokens in one forward, by m."""
+    found = {}
+    for m in tqdm(VERIFIED, desc="cost of verifying", leave=False):
+        drafter = NoDrafter() if m == 1 else NGramDrafter(num_draft=m - 1)
+        costs = measure(llm.model, Speculation(drafter), 1, steps.capacity_for(capacity))
+        found[m] = costs.verify_seconds[-1]
+    return found
+
+
+def bandwidth(dtype: jnp.dtype, device: jax.Device) -> System:
+    """Reads a matrix much larger than any cache, as the model's own product does.
+
+    A token stands for a byte here; the prompt does not matter.
+    """
+    matrix = jax.device_put(jnp.ones((32768, 4096), dtype), device)
+    rows = jax.device_put(jnp.ones((1, 2, 4096), dtype), device)  # two: one is bfloat16's slow path
+    product = jax.jit(project)
+
+    def run(ids: list[int]) -> Answer:
+        begin = time.perf_counter()
+        product(matrix, rows).block_until_ready()
+        return Answer(matrix.nbytes, time.perf_counter() - begin)
+
+    return run

@@ -1,0 +1,136 @@
+"""jaxinfer audit: does this drafter change what this model says? Exit code 1 if it does.
+
+Greedy answers in exact mode must be the same bits with and without the drafter; in the default mode
+they may part only where rounding decides. Sampled tokens must come as often as without it.
+
+  jaxinfer audit --drafter=ngram
+  jaxinfer audit --model=gemma-3-270m --drafter=smollm2-135m-instruct --draws=10000
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from absl import flags
+
+from jaxinfer.cli.model_flags import (
+    define_model_flags,
+    define_speculation_flags,
+    load_model,
+    speculation_options,
+)
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.sampling import SamplingParams
+
+# Text that repeats, so that n-gram lookup has something to offer, yet leaves a choice.
+SAMPLED = ("The cat sat on the mat. The dog sat on the", "red, blue, green, red, blue, red,")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags on `values`."""
+    to: dict[str, Any] = {"flag_values": values}
+    define_model_flags(values)
+    define_speculation_flags(values)
+    values["drafter"].default = values["drafter"].value = "ngram"
+    flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)
+    flags.DEFINE_integer("max_tokens", 64, "Longest greedy answer.", **to)
+    flags.DEFINE_integer("draws", 1000, "Sampled answers to each of two prompts.", **to)
+    flags.DEFINE_integer("sampled_tokens", 6, "Tokens of a sampled answer.", **to)
+    flags.DEFINE_float("temperature", 1.0, "Of the sampled answers.", **to)
+    flags.DEFINE_float("top_p", 1.0, "Of the sampled answers.", **to)
+    flags.DEFINE_integer("seed", 0, "Of the sampled answers.", **to)
+    flags.DEFINE_boolean("json", False, "Write one JSON object.", **to)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Audit and print the verdict; exits with code 1 where it is bad."""
+    for name, count in (
+        ("max_tokens", values.max_tokens),
+        ("draws", values.draws),
+        ("sampled_tokens", values.sampled_tokens),
+    ):
+        if count < 1:
+            raise InvalidArgument(f"--{name}={count}: must be 1 or more")
+    if values.drafter == "none":
+        raise InvalidArgument("--drafter=none: name the drafter to audit")
+    if not values.temperature > 0:
+        raise InvalidArgument(f"--temperature={values.temperature}: must be above 0 to sample")
+    params = SamplingParams(
+        max_tokens=values.sampled_tokens,
+        temperature=values.temperature,
+        top_p=values.top_p,
+        seed=values.seed,
+    )
+    from jaxinfer.bench import audit
+    from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, read_prompts
+
+    texts = read_prompts(values.prompts) if values.prompts else PROMPTS
+    options = speculation_options(values)
+    llm = load_model(values, **options)
+    drafter = llm.default_speculation.drafter
+    prompts = [chat_or_plain(llm, text) for each in texts.values() for text in each]
+    modes = {
+        f"greedy, {'exact' if exact else 'default'} mode": audit.greedy(
+            llm,
+            drafter,
+            prompts,
+            max_tokens=values.max_tokens,
+            exact=exact,
+            verifier="auto" if exact else values.verifier,
+        )
+        for exact in ((True,) if values.exact else (True, False))
+    }
+    drawn = audit.sampled(
+        llm,
+        drafter,
+        [llm.tokenizer.encode(text) for text in SAMPLED],
+        params=params,
+        draws=values.draws,
+        verifier=values.verifier,
+    )
+    faults = []
+    exact_mode = modes["greedy, exact mode"]
+    if exact_mode.divergences:
+        faults.append("greedy answers differ in exact mode")
+    if any(not found.holds for name, found in modes.items() if found is not exact_mode):
+        faults.append("a greedy answer differs by more than rounding")
+    if drawn.refused:
+        faults.append("sampled tokens come with other frequencies")
+    if not exact_mode.drafted or not drawn.drafted:
+        faults.append("the drafter offered nothing, which proves nothing: try other --prompts")
+    verdict = "NOT lossless: " + "; ".join(faults) if faults else "lossless"
+    if values.json:
+        record = {name: dataclasses.asdict(found) for name, found in modes.items()}
+        record["sampled"] = dataclasses.asdict(drawn)
+        print(json.dumps({"lossless": not faults, "faults": faults, **record}))
+    else:
+        print(_report(modes, drawn, verdict))
+    if faults:
+        sys.exit(1)
+
+
+def _report(modes: dict[str, Any], drawn: Any, verdict: str) -> str:
+    lines = []
+    for name, found in modes.items():
+        lines.append(
+            f"{name}: {found.identical} of {found.prompts} answers identical"
+            f" ({found.tokens:,} tokens, {found.drafted:,} drafted, {found.accepted:,} kept)"
+        )
+        lines += [
+            f"  prompt {d.prompt} differs from token {d.position} on, where the two likeliest are"
+            f" {d.margin:.2g} apart; rounding moves a logit by up to {found.noise:.2g}"
+            for d in found.divergences
+        ]
+    lines.append(
+        f"sampled: {drawn.draws:,} answers to each prompt with and without a draft"
+        f" ({drawn.drafted:,} tokens drafted, {drawn.accepted:,} kept)"
+    )
+    lines += [
+        f"  prompt {p.prompt}, token {p.position}: chi-square {p.statistic:.1f} with {p.freedom}"
+        f" degrees of freedom, p = {p.pvalue:.3g}{' REFUSED' if p in drawn.refused else ''}"
+        for p in drawn.positions
+    ]
+    return "\n".join([*lines, f"verdict: {verdict}"])

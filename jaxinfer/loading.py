@@ -1,0 +1,93 @@
+"""`load`: from a model's name to an `LLM` with its weights in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer import steps
+from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
+from jaxinfer.drafters import NAMES
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.generate import LLM, DrafterLike
+from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.speculation import Speculation, Verifier
+
+
+def load(
+    name: str | Path = DEFAULT_MODEL,
+    *,
+    dtype: str | jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    drafter: DrafterLike = None,
+    num_draft: int | Literal["auto"] | None = None,
+    verifier: Verifier = "auto",
+    exact: bool = False,
+    max_len: int | None = None,
+    max_batch: int = 32,
+    cache_dir: str | Path | None = None,
+) -> LLM:
+    """Load a model by name.
+
+    Args:
+      name: an alias (`smollm2-135m-instruct`, `gemma-3-270m`), `hf://org/name[@revision]`, a folder
+        (safetensors or Orbax) or a .gguf file.
+      dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
+        Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
+      mesh: spreads the weights, see `make_mesh`; None: one device.
+      drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
+      num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
+      verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
+      exact: with and without a drafter the output is the same bits, at the cost of some speed.
+      max_len: context in tokens; None: the model's own.
+      max_batch: most rows that run at once; more prompts run in turns.
+      cache_dir: where downloads and compiled programs are kept; None: JAXINFER_CACHE, else
+        ~/.cache/jaxinfer.
+
+    Raises:
+      JaxinferError: ModelNotFound, UnsupportedModel, CorruptFile, OutOfMemory or InvalidArgument.
+    """
+    if max_len is not None and max_len < 2:
+        raise InvalidArgument(f"max_len={max_len}: must be 2 or more")
+    from jaxinfer.checkpoint import hub
+    from jaxinfer.checkpoint.load import load_checkpoint
+    from jaxinfer.checkpoint.orbax import is_orbax, stored_dtype
+
+    # What can be refused now is refused before anything is fetched or read.
+    Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
+    folder = Path(cache_dir) if cache_dir else hub.cache_dir()
+    steps.enable_compile_cache(folder / "compiled")
+    path = hub.resolve(str(name), cache=folder)
+    kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
+    if isinstance(drafter, str | Path) and drafter not in NAMES:
+        drafter = load(drafter, dtype=kind, mesh=mesh, cache_dir=cache_dir)
+    checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
+    return LLM(
+        checkpoint.params,
+        checkpoint.config,
+        checkpoint.tokenizer,
+        dtype=kind,
+        mesh=mesh,
+        max_len=max_len,
+        max_batch=max_batch,
+        default_params=checkpoint.default_params,
+        eos_ids=checkpoint.eos_ids,
+        drafter=drafter,
+        num_draft=num_draft,
+        verifier=verifier,
+        exact=exact,
+    )
+
+
+def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
+    if dtype is None:
+        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    known = ("float32", "bfloat16", "float16")
+    if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
+        raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")
+    return jnp.dtype(dtype)
