@@ -57,6 +57,11 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(x.nbytes for x in jax.tree.leaves(self.layers))
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The model's own."""
+        return self.layers[0].k.dtype
+
     def rewind(self, num: jax.Array) -> KVCache:
         """Forget the last num[b] tokens of row b: a subtraction, never a copy.
 

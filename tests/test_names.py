@@ -95,11 +95,11 @@ def test_every_parameter_has_one_piece_of_its_size(name: str) -> None:
         for path, piece in pieces.items():
             columns = math.prod(piece.source_shape[1:])
             assert (piece.stop - piece.start) * columns == math.prod(shapes[path]), path
-            if len(piece.source_shape) == 2:  # our leading axes are the rows
-                lead = next(
-                    i for i in range(9) if math.prod(shapes[path][:i]) == piece.stop - piece.start
-                )
-                assert math.prod(shapes[path][lead:]) == columns, path
+            if len(piece.source_shape) == 2:  # our leading axes are the rows, or the columns
+                assert piece.transposed == path.endswith("kernel")
+                first, last = (columns, piece.stop - piece.start)[:: 1 if piece.transposed else -1]
+                lead = next(i for i in range(9) if math.prod(shapes[path][:i]) == first)
+                assert math.prod(shapes[path][lead:]) == last, path
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -282,8 +282,8 @@ def test_interleaved_heads_are_put_back(
                 f"blk.1.attn_{name}.bias": order(bias, heads),
             }
         )
-        got = read_parameter(source, pieces[f"layer_1/attn/{name}/kernel"], (heads, 8, 24), F32)
-        np.testing.assert_array_equal(got, kernel.reshape(heads, 8, 24))
+        got = read_parameter(source, pieces[f"layer_1/attn/{name}/kernel"], (24, heads, 8), F32)
+        np.testing.assert_array_equal(got, kernel.T.reshape(24, heads, 8))
         got = read_parameter(source, pieces[f"layer_1/attn/{name}/bias"], (heads, 8), F32)
         np.testing.assert_array_equal(got, bias.reshape(heads, 8))
     assert pieces["layer_1/attn/v/kernel"].interleaved == 0
@@ -309,10 +309,11 @@ def test_real_q_is_put_back(smollm2_path: str) -> None:
     config = config_from_gguf(file.metadata, file.shapes, where=smollm2_path)
     pieces = gguf_pieces(config, "llama")
     for name, heads in (("q", 9), ("k", 3)):
-        got = read_parameter(file, pieces[f"layer_3/attn/{name}/kernel"], (heads, 64, 576), F32)
+        got = read_parameter(file, pieces[f"layer_3/attn/{name}/kernel"], (576, heads, 64), F32)
+        ours = got.reshape(576, -1).T
         stored = file.read(f"blk.3.attn_{name}.weight", 0, heads * 64, F32)
-        np.testing.assert_array_equal(permuted(got.reshape(-1, 576), heads), stored)
-        assert not np.array_equal(got.reshape(-1, 576), stored)
+        np.testing.assert_array_equal(permuted(ours, heads), stored)
+        assert not np.array_equal(ours, stored)
 
 
 @pytest.mark.parametrize("chunk", [1, 1000, 1 << 20])
@@ -336,8 +337,8 @@ def test_fused_tensors_are_split(
             "mlp/up": gate_up[40:],
         }.items():
             piece = pieces[f"layer_0/{path}/kernel"]
-            got = read_parameter(source, piece, expected.shape, F32)
-            np.testing.assert_array_equal(got, expected)
+            got = read_parameter(source, piece, expected.T.shape, F32)
+            np.testing.assert_array_equal(got, expected.T)
 
 
 def test_reading_in_chunks_of_any_dtype(

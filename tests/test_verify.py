@@ -156,7 +156,9 @@ def pvalue(verify, vocab, draws, probs=True, temperature=1.0):
 
     counts = np.zeros(vocab)
     for at in range(0, draws, chunk):
-        counts += np.bincount(np.asarray(first(target, jnp.arange(at, at + chunk))), minlength=vocab)
+        counts += np.bincount(
+            np.asarray(first(target, jnp.arange(at, at + chunk))), minlength=vocab
+        )
     want = np.asarray(jax.nn.softmax(target / temperature), np.float64)
     want *= counts.sum() / want.sum()
     order = np.argsort(want)

@@ -3,11 +3,12 @@
 Our paths and shapes, with the letters of config.py (`model.param_specs` is the authority):
     embed/table [V,D]      head/table [V,D] unless tied      final_norm/scale [D]
     layer_i/{attn_norm, attn_post_norm, mlp_norm, mlp_post_norm}/scale [D]
-    layer_i/attn/{q, k, v}/{kernel [N,H,D], bias [N,H]}, K for N in k and v
-    layer_i/attn/out/{kernel [D,N,H], bias [D]}
+    layer_i/attn/{q, k, v}/{kernel [D,N,H], bias [N,H]}, K for N in k and v
+    layer_i/attn/out/{kernel [N,H,D], bias [D]}
     layer_i/attn/{q_norm, k_norm}/scale [H], or [N,H] and [K,H]
-    layer_i/mlp/{gate, up}/{kernel [F,D], bias [F]}, mlp/down/{kernel [D,F], bias [D]}
-Every one of them is, read row by row, the checkpoint's own (out, in) matrix or vector.
+    layer_i/mlp/{gate, up}/{kernel [D,F], bias [F]}, mlp/down/{kernel [F,D], bias [D]}
+A kernel is the checkpoint's own (out, in) matrix transposed; the others are, read row by row, the
+checkpoint's matrix or vector.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Piece:
     stop: int
     # H: each head's rows stand as 0, H/2, 1, H/2 + 1, ... and are to be put back in order.
     interleaved: int = 0
+    transposed: bool = False  # the parameter's rows are IN features
     add_one: bool = False  # the checkpoint stores a norm's scale less one
 
 
@@ -138,7 +140,7 @@ def _pieces(
             heads = h if interleaved and name in ("q", "k") else 0
             path = f"layer_{layer}/{room}/{name}"
             pieces[f"{path}/kernel"] = Piece(
-                f"{tensor}.weight", (total, columns), start, start + count, heads
+                f"{tensor}.weight", (total, columns), start, start + count, heads, True
             )
             if bias:
                 pieces[f"{path}/bias"] = Piece(

@@ -25,37 +25,35 @@ def read_parameter(
     Args:
       source: the checkpoint.
       piece: which tensor and rows; `names.check` has compared its shape with the tensor's.
-      shape: of the result: its elements in order are the piece's rows.
+      shape: of the result: its elements in order are the piece's rows, or its columns.
       dtype: of the result.
 
     Returns:
       [*shape] `dtype`, aligned for jax.
     """
-    columns = math.prod(piece.source_shape[1:])
-    out = aligned_empty((piece.stop - piece.start, columns), dtype)
+    count, columns = piece.stop - piece.start, math.prod(piece.source_shape[1:])
+    out = aligned_empty((columns, count) if piece.transposed else (count, columns), dtype)
+    by_row = out.T if piece.transposed else out
     step = max(1, CHUNK_BYTES // (columns * out.itemsize))
     if piece.interleaved:  # whole heads
         step = max(1, step // piece.interleaved) * piece.interleaved
-    for start in range(0, len(out), step):
-        rows = out[start : start + step]
+    for start in range(0, count, step):
+        rows = by_row[start : start + step]
         a = piece.start + start
         chunk = source.read(piece.source, a, a + len(rows), out.dtype).reshape(rows.shape)
-        if piece.interleaved:
-            deinterleave(chunk, rows, piece.interleaved)
-        else:
-            rows[...] = chunk
+        rows[...] = deinterleave(chunk, piece.interleaved) if piece.interleaved else chunk
     if piece.add_one:
         out += np.ones((), out.dtype)
     return out.reshape(shape)
 
 
-def deinterleave(chunk: np.ndarray, out: np.ndarray, head_dim: int) -> None:
-    """Undo llama.cpp's order of the rows of q and k: [heads * H, columns] into `out` alike.
+def deinterleave(chunk: np.ndarray, head_dim: int) -> np.ndarray:
+    """Undo llama.cpp's order of the rows of q and k: [heads * H, columns], whole heads.
 
     The file has row 2i + j of a head where a model that rotates halves has row j * H/2 + i.
     """
     pairs = chunk.reshape(-1, head_dim // 2, 2, chunk.shape[1])
-    out.reshape(-1, 2, head_dim // 2, chunk.shape[1])[...] = pairs.swapaxes(1, 2)
+    return pairs.swapaxes(1, 2).reshape(chunk.shape)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -10,6 +10,7 @@ the batch, so a round without a draft costs what a plain step does.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -132,11 +133,13 @@ def _round(
 
     longest = jnp.max(draft.num, initial=0) + 1
     which = jnp.searchsorted(jnp.asarray(plan.widths), longest)
-    branches = [
-        partial(_verify, params, rows, config=config, plan=plan, width=width)
-        for width in plan.widths
-    ]
-    state, num_new, num_accepted, hidden = jax.lax.switch(which, branches, state, draft)
+    none = jnp.zeros_like(want)
+    hidden = jnp.zeros((want.shape[0], plan.widths[-1], config.width), state.cache.dtype)
+    outcome = state, none, none, hidden
+    for i, width in enumerate(plan.widths):
+        verify = partial(_verify, params, rows, draft, config=config, plan=plan, width=width)
+        outcome = _if(which == i, verify, outcome)
+    state, num_new, num_accepted, hidden = outcome
 
     judged = jnp.minimum(num_accepted + 1, draft.num)
     steps = jnp.arange(drafter.max_draft)
@@ -154,11 +157,20 @@ def _round(
     )
 
 
+def _if(condition: jax.Array, step: Callable[[Any], Any], carry: Any) -> Any:
+    """`step(carry)` if the condition [] holds, else `carry`: a loop of one turn at most, since XLA
+    updates what goes round a loop where it lies, and copies what passes a branch: the cache."""
+    _, carry = jax.lax.while_loop(
+        lambda x: x[0], lambda x: (jnp.zeros_like(x[0]), step(x[1])), (condition, carry)
+    )
+    return carry
+
+
 def _verify(
     params: Params,
     rows: SamplingRows,
-    state: State,
     draft: Draft,
+    before: tuple[State, jax.Array, jax.Array, jax.Array],
     *,
     config: ModelConfig,
     plan: Plan,
@@ -166,9 +178,10 @@ def _verify(
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
     """Judge a draft whose longest row has width - 1 tokens at most, and commit what is kept.
 
-    Returns the state; how many tokens [B] it gained and how many of those were drafted; and the
-    target's hidden states [B,widest,D] of the tokens it read.
+    Takes the state, and room for what it returns beside it: how many tokens [B] it gained, how many
+    of those were drafted, and the target's hidden states [B,widest,D] of the tokens it read.
     """
+    state, *_ = before
     size = min(width - 1, draft.tokens.shape[1])
     draft = Draft(
         draft.tokens[:, :size],
