@@ -29,6 +29,7 @@ MAX_BIAS = 1024  # logit_bias entries a row
 MAX_N = 128  # samples of one prompt
 # Random streams: what is drawn from one never tells anything of the others.
 STREAM_SAMPLE, STREAM_DRAFT, STREAM_ACCEPT, STREAM_RESIDUAL = range(4)
+NUM_STREAMS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,9 +341,10 @@ def row_keys(
     """
 
     def key(seed: jax.Array, sample: jax.Array, position: jax.Array, start: jax.Array) -> jax.Array:
-        k = jax.random.fold_in(jax.random.key(seed), sample)
-        k = jax.random.fold_in(jax.random.fold_in(k, position), stream)
-        return k if stream == STREAM_SAMPLE else jax.random.fold_in(k, start)
+        words = jnp.stack([seed, sample.astype(jnp.uint32)])
+        k = jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)
+        when = jnp.zeros_like(start) if stream == STREAM_SAMPLE else start
+        return jax.random.fold_in(k, NUM_STREAMS * when + stream)
 
     start = jnp.zeros_like(rows.seed) if start is None else start
     over_positions = jax.vmap(key, in_axes=(None, None, 0, None))

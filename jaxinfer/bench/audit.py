@@ -91,16 +91,16 @@ def greedy(
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     *,
+    batch: int,
     max_tokens: int,
     exact: bool,
     verifier: Any = "auto",
 ) -> Greedy:
     """Compare greedy answers to prompts (token ids) with and without the drafter."""
     params = SamplingParams(max_tokens=max_tokens)
-    plain = _answers(llm, prompts, params, "plain", drafter=None, exact=exact)
-    fast = _answers(
-        llm, prompts, params, "drafted", drafter=drafter, verifier=verifier, exact=exact
-    )
+    how = {"verifier": verifier, "exact": exact}
+    plain = _answers(llm, prompts, params, batch, "plain", drafter=None, **how)
+    fast = _answers(llm, prompts, params, batch, "drafted", drafter=drafter, **how)
     divergences, noise = [], None
     for number, (prompt, a, b) in enumerate(zip(prompts, plain, fast, strict=True)):
         if a.token_ids == b.token_ids:
@@ -123,13 +123,14 @@ def greedy(
 
 
 def _answers(
-    llm: LLM, prompts: Sequence[Any], params: SamplingParams, name: str, **options: Any
+    llm: LLM, prompts: Sequence[Any], params: SamplingParams, batch: int, name: str, **options: Any
 ) -> list[GenerationOutput]:
-    """`LLM.generate` with a progress bar."""
+    """`LLM.generate` of `batch` prompts at a time, with a progress bar."""
     outputs: list[GenerationOutput] = []
     with tqdm(total=len(prompts), desc=name, unit="answer", leave=False) as bar:
-        for first in range(0, len(prompts), llm.max_batch):
-            outputs += llm.generate(prompts[first : first + llm.max_batch], params, **options)
+        for first in range(0, len(prompts), batch):
+            own = dataclasses.replace(params, seed=(params.seed or 0) + first)
+            outputs += llm.generate(prompts[first : first + batch], own, **options)
             bar.update(len(outputs) - bar.n)
     return outputs
 
@@ -178,6 +179,7 @@ def sampled(
     *,
     params: SamplingParams,
     draws: int,
+    batch: int,
     verifier: Any = "auto",
 ) -> Sampled:
     """Compare the tokens of `draws` sampled answers to each prompt with as many plain ones."""
@@ -187,9 +189,9 @@ def sampled(
     for number, prompt in enumerate(prompts):
         arms = []
         for arm, (name, own) in enumerate((("plain", None), ("drafted", drafter))):
-            drawn = dataclasses.replace(params, seed=seed + arm, ignore_eos=True)
+            drawn = dataclasses.replace(params, seed=seed + arm * draws, ignore_eos=True)
             same = [list(prompt)] * draws
-            out = _answers(llm, same, drawn, name, drafter=own, verifier=verifier)
+            out = _answers(llm, same, drawn, batch, name, drafter=own, verifier=verifier)
             arms.append(np.array([o.token_ids for o in out]))
         drafted += sum(o.stats.drafted for o in out)
         accepted += sum(o.stats.accepted for o in out)

@@ -9,7 +9,7 @@ from jaxinfer.errors import InvalidArgument
 
 
 def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
-    """Draw what `jaxinfer bench --json` gives; save it if `file` is named; a matplotlib Figure.
+    """Draw what `speed.compare` gives; save it if `file` is named; a matplotlib Figure.
 
     Raises InvalidArgument where matplotlib is not installed, or the file cannot be written.
     """
@@ -18,7 +18,10 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
     except ImportError as error:
         raise InvalidArgument(f"--plot: {error}; pip install matplotlib") from error
     figure = Figure(figsize=(10, 4), layout="constrained")
-    speed, cost = figure.subplots(1, 2, width_ratios=(2, 1))
+    seconds = {int(m): s for m, s in result["verify_seconds"].items()}
+    speed, *rest = figure.subplots(
+        1, 2 if seconds else 1, squeeze=False, width_ratios=(2, 1) if seconds else (1,)
+    )[0]
     systems = result["systems"]
     width = 0.8 / len(systems)
     for i, (name, found) in enumerate(systems.items()):
@@ -32,19 +35,19 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
         speed.bar(where, middle, width, yerr=ends, capsize=2, label=name)
         speed.set_xticks(range(len(rates)), list(rates))
     speed.set_ylabel("tokens/s, median and range")
-    title = f"{result['model']}, {result['dtype']}, {result['device']}"
+    title = ", ".join(result[key] for key in ("model", "dtype", "device") if key in result)
     speed.set_title(title, loc="left", fontsize="medium")
     # Room above the bars, so that the names hide none of them.
     speed.set_ylim(top=1.3 * speed.get_ylim()[1])
     speed.legend(frameon=False, ncols=3, fontsize="small", loc="upper left")
-    seconds = {int(m): s for m, s in result["verify_seconds"].items()}
-    cost.plot(list(seconds), [s / seconds[1] for s in seconds.values()], marker="o")
-    cost.set_xscale("log", base=2)
-    cost.set_xticks(list(seconds), [str(m) for m in seconds])
-    cost.set_ylim(bottom=0)
-    cost.set_xlabel("tokens verified in one forward")
-    cost.set_ylabel("time, that of one token is 1")
-    for axes in (speed, cost):
+    for cost in rest:
+        cost.plot(list(seconds), [s / seconds[1] for s in seconds.values()], marker="o")
+        cost.set_xscale("log", base=2)
+        cost.set_xticks(list(seconds), [str(m) for m in seconds])
+        cost.set_ylim(bottom=0)
+        cost.set_xlabel("tokens verified in one forward")
+        cost.set_ylabel("time, that of one token is 1")
+    for axes in (speed, *rest):
         axes.spines[["top", "right"]].set_visible(False)
     if file is not None:
         try:

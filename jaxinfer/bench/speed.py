@@ -37,6 +37,7 @@ class Answer(NamedTuple):
     accepted: int = 0
 
 
+Kinds = Mapping[str, Sequence[list[int]]]  # token ids of prompts, by kind
 System = Callable[[list[int]], Answer]  # answers a prompt
 
 
@@ -51,8 +52,50 @@ def system(llm: LLM, drafter: Drafter | str | None, max_tokens: int, **options: 
     return run
 
 
+def compare(
+    llm: LLM,
+    drafters: Mapping[str, Drafter | str],
+    prompts: Kinds,
+    *,
+    max_tokens: int = 128,
+    runs: int = 5,
+    exact: bool = False,
+    peers: Mapping[str, System] | None = None,
+    costs: bool = True,
+) -> dict[str, Any]:
+    """Measure plain decoding, each drafter and each peer on the same prompts.
+
+    Returns:
+      What `jaxinfer bench --json` writes, but for the model's name: rates in tokens/s and bytes/s,
+      times in seconds, and ratios to plain decoding. `bench.plot.draw` makes a picture of it.
+    """
+    systems = {
+        "memory": bandwidth(llm.model.dtype, llm.model.devices[0]),
+        "plain": system(llm, None, max_tokens, exact=exact),
+        **{name: system(llm, d, max_tokens, exact=exact) for name, d in drafters.items()},
+        **(peers or {}),
+    }
+    found = summarise(run_all(systems, prompts, runs))
+    memory = found.pop("memory")["tokens_per_second"]["all"]
+    limit = memory["median"] / llm.nbytes
+    longest = max(len(ids) for each in prompts.values() for ids in each)
+    return {
+        "dtype": llm.model.dtype.name,
+        "device": llm.model.devices[0].device_kind,
+        "exact": exact,
+        "runs": runs,
+        "max_tokens": max_tokens,
+        "weight_bytes": llm.nbytes,
+        "bytes_per_second": memory,
+        "limit_tokens_per_second": limit,
+        "fraction_of_limit": found["plain"]["tokens_per_second"]["all"]["median"] / limit,
+        "systems": found,
+        "verify_seconds": verify_costs(llm, longest + max_tokens) if costs else {},
+    }
+
+
 def run_all(
-    systems: Mapping[str, System], prompts: Mapping[str, Sequence[list[int]]], runs: int
+    systems: Mapping[str, System], prompts: Kinds, runs: int
 ) -> dict[str, dict[str, list[list[Answer]]]]:
     """Answers[system][kind][run][prompt], after a warm-up that is thrown away."""
     answers: dict[str, dict[str, list[list[Answer]]]] = {
@@ -63,7 +106,7 @@ def run_all(
         for number in range(-1, runs):
             for kind, ids in work:
                 for name, answer in systems.items():
-                    bar.set_description(name)
+                    bar.set_postfix_str(name, refresh=False)
                     got = answer(ids)
                     bar.update()
                     if number >= 0:

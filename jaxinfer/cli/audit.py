@@ -27,6 +27,7 @@ from jaxinfer.sampling import SamplingParams
 
 # Text that repeats, so that n-gram lookup has something to offer, yet leaves a choice.
 SAMPLED = ("The cat sat on the mat. The dog sat on the", "red, blue, green, red, blue, red,")
+SAMPLED_BATCH = 32  # of them run at once
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -37,7 +38,8 @@ def define_flags(values: flags.FlagValues) -> None:
     values["drafter"].default = values["drafter"].value = "ngram"
     flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)
     flags.DEFINE_integer("max_tokens", 64, "Longest greedy answer.", **to)
-    flags.DEFINE_integer("draws", 1000, "Sampled answers to each of two prompts.", **to)
+    flags.DEFINE_integer("batch", 8, "Prompts that run at once.", **to)
+    flags.DEFINE_integer("draws", 1000, "Sampled answers to each of two prompts; 0: none.", **to)
     flags.DEFINE_integer("sampled_tokens", 6, "Tokens of a sampled answer.", **to)
     flags.DEFINE_float("temperature", 1.0, "Of the sampled answers.", **to)
     flags.DEFINE_float("top_p", 1.0, "Of the sampled answers.", **to)
@@ -47,13 +49,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Audit and print the verdict; exits with code 1 where it is bad."""
-    for name, count in (
-        ("max_tokens", values.max_tokens),
-        ("draws", values.draws),
-        ("sampled_tokens", values.sampled_tokens),
-    ):
-        if count < 1:
-            raise InvalidArgument(f"--{name}={count}: must be 1 or more")
+    for name, least in (("max_tokens", 1), ("batch", 1), ("draws", 0), ("sampled_tokens", 1)):
+        count: Any = values[name].value
+        if count < least:
+            raise InvalidArgument(f"--{name}={count}: must be {least} or more")
     if values.drafter == "none":
         raise InvalidArgument("--drafter=none: name the drafter to audit")
     if not values.temperature > 0:
@@ -69,65 +68,67 @@ def run(values: flags.FlagValues) -> None:
 
     texts = read_prompts(values.prompts) if values.prompts else PROMPTS
     options = speculation_options(values)
-    llm = load_model(values, **options)
+    llm = load_model(values, max_batch=max(values.batch, SAMPLED_BATCH), **options)
     drafter = llm.default_speculation.drafter
     prompts = [chat_or_plain(llm, text) for each in texts.values() for text in each]
-    modes = {
-        f"greedy, {'exact' if exact else 'default'} mode": audit.greedy(
+    found = {}
+    for mode in ("exact",) if values.exact else ("exact", "default"):
+        found[f"greedy, {mode} mode"] = audit.greedy(
             llm,
             drafter,
             prompts,
+            batch=values.batch,
             max_tokens=values.max_tokens,
-            exact=exact,
-            verifier="auto" if exact else values.verifier,
+            exact=mode == "exact",
+            verifier=values.verifier if mode == "default" else "exact",
         )
-        for exact in ((True,) if values.exact else (True, False))
-    }
     drawn = audit.sampled(
         llm,
         drafter,
-        [llm.tokenizer.encode(text) for text in SAMPLED],
+        [llm.tokenizer.encode(text) for text in SAMPLED if values.draws],
         params=params,
         draws=values.draws,
+        batch=SAMPLED_BATCH,
         verifier=values.verifier,
     )
     faults = []
-    exact_mode = modes["greedy, exact mode"]
+    exact_mode = found["greedy, exact mode"]
     if exact_mode.divergences:
         faults.append("greedy answers differ in exact mode")
-    if any(not found.holds for name, found in modes.items() if found is not exact_mode):
+    if any(not one.holds for one in found.values() if one is not exact_mode):
         faults.append("a greedy answer differs by more than rounding")
     if drawn.refused:
         faults.append("sampled tokens come with other frequencies")
-    if not exact_mode.drafted or not drawn.drafted:
+    if not exact_mode.drafted or (values.draws and not drawn.drafted):
         faults.append("the drafter offered nothing, which proves nothing: try other --prompts")
     verdict = "NOT lossless: " + "; ".join(faults) if faults else "lossless"
     if values.json:
-        record = {name: dataclasses.asdict(found) for name, found in modes.items()}
+        record = {name: dataclasses.asdict(one) for name, one in found.items()}
         record["sampled"] = dataclasses.asdict(drawn)
         print(json.dumps({"lossless": not faults, "faults": faults, **record}))
     else:
-        print(_report(modes, drawn, verdict))
+        print(_report(found, drawn, verdict))
     if faults:
         sys.exit(1)
 
 
-def _report(modes: dict[str, Any], drawn: Any, verdict: str) -> str:
+def _report(found: dict[str, Any], drawn: Any, verdict: str) -> str:
     lines = []
-    for name, found in modes.items():
+    for name, one in found.items():
         lines.append(
-            f"{name}: {found.identical} of {found.prompts} answers identical"
-            f" ({found.tokens:,} tokens, {found.drafted:,} drafted, {found.accepted:,} kept)"
+            f"{name}: {one.identical} of {one.prompts} answers identical"
+            f" ({one.tokens:,} tokens, {one.drafted:,} drafted, {one.accepted:,} kept)"
         )
         lines += [
             f"  prompt {d.prompt} differs from token {d.position} on, where the two likeliest are"
-            f" {d.margin:.2g} apart; rounding moves a logit by up to {found.noise:.2g}"
-            for d in found.divergences
+            f" {d.margin:.2g} apart; rounding moves a logit by up to {one.noise:.2g}"
+            for d in one.divergences
         ]
-    lines.append(
-        f"sampled: {drawn.draws:,} answers to each prompt with and without a draft"
-        f" ({drawn.drafted:,} tokens drafted, {drawn.accepted:,} kept)"
-    )
+    if drawn.draws:
+        lines.append(
+            f"sampled: {drawn.draws:,} answers to each prompt with and without a draft"
+            f" ({drawn.drafted:,} tokens drafted, {drawn.accepted:,} kept)"
+        )
     lines += [
         f"  prompt {p.prompt}, token {p.position}: chi-square {p.statistic:.1f} with {p.freedom}"
         f" degrees of freedom, p = {p.pvalue:.3g}{' REFUSED' if p in drawn.refused else ''}"

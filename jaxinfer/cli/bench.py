@@ -64,41 +64,23 @@ def run(values: flags.FlagValues) -> None:
     begin = time.perf_counter()
     llm = load_model(values)
     load_seconds = time.perf_counter() - begin
-    names = [name for name in values.drafters if name != "none"]
     path = hub.resolve(values.model) if values.compare else Path()
-    options = {"exact": values.exact}
-    systems = {
-        "memory": speed.bandwidth(llm.model.dtype, llm.model.devices[0]),
-        "plain": speed.system(llm, None, values.max_tokens, **options),
-    }
-    for name in names:
-        drafter = load_drafter(llm, name, values.num_draft)
-        systems[name] = speed.system(llm, drafter, values.max_tokens, **options)
+    others: dict[str, speed.System] = {}
     if "transformers" in values.compare:
-        systems |= peers.transformers(path, llm.model.dtype.name, values.max_tokens)
+        others |= peers.transformers(path, llm.model.dtype.name, values.max_tokens)
     if "llama.cpp" in values.compare:
-        systems |= peers.llama_cpp(path, values.max_tokens, os.cpu_count() or 1)
-    ids = {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()}
-    longest = max(len(prompt) for each in ids.values() for prompt in each)
-    found = speed.summarise(speed.run_all(systems, ids, values.runs))
-    memory = found.pop("memory")["tokens_per_second"]["all"]
-    limit = memory["median"] / llm.nbytes
-    plain = found["plain"]["tokens_per_second"]["all"]["median"]
-    result = {
-        "model": values.model,
-        "dtype": llm.model.dtype.name,
-        "device": llm.model.devices[0].device_kind,
-        "exact": values.exact,
-        "runs": values.runs,
-        "max_tokens": values.max_tokens,
-        "load_seconds": load_seconds,
-        "weight_bytes": llm.nbytes,
-        "bytes_per_second": memory,
-        "limit_tokens_per_second": limit,
-        "fraction_of_limit": plain / limit,
-        "systems": found,
-        "verify_seconds": speed.verify_costs(llm, longest + values.max_tokens),
-    }
+        others |= peers.llama_cpp(path, values.max_tokens, os.cpu_count() or 1)
+    names = [name for name in values.drafters if name != "none"]
+    measured = speed.compare(
+        llm,
+        {name: load_drafter(llm, name, values.num_draft) for name in names},
+        {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()},
+        max_tokens=values.max_tokens,
+        runs=values.runs,
+        exact=values.exact,
+        peers=others,
+    )
+    result = {"model": values.model, "load_seconds": load_seconds, **measured}
     if values.plot:
         plot.draw(result, values.plot)
     print(json.dumps(result) if values.json else table(result))
