@@ -65,6 +65,10 @@ def tiny_llm(
     *,
     dtype: str = "float32",
     max_batch: int = 32,
+    drafter: Any = None,
+    num_draft: Any = None,
+    verifier: Any = "auto",
+    exact: bool = False,
     **fields: Any,
 ) -> LLM:
     """A working LLM of a few thousand random parameters; `fields` are of `ModelConfig`."""
@@ -72,5 +76,13 @@ def tiny_llm(
     # A standard deviation at which the next token depends on the context and is not yet certain.
     params = init_params(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
     return LLM(
-        params, config, tiny_tokenizer(vocab_size), dtype=jnp.dtype(dtype), max_batch=max_batch
+        params,
+        config,
+        tiny_tokenizer(vocab_size),
+        dtype=jnp.dtype(dtype),
+        max_batch=max_batch,
+        drafter=drafter,
+        num_draft=num_draft,
+        verifier=verifier,
+        exact=exact,
     )

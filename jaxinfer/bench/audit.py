@@ -142,10 +142,7 @@ def _margin_and_noise(
     difference of any logit of its answer between forwards of one token and of `width`."""
     plain, wide = (_logits(llm, text[:-1], prompt - 1, w) for w in (1, width))
     second, first = np.sort(plain[-1])[-2:]
-    known = np.isfinite(plain)
-    return float(first - second), float(
-        np.abs(plain - wide, where=known).max(where=known, initial=0)
-    )
+    return float(first - second), float(np.abs(plain - wide).max())
 
 
 def _logits(llm: LLM, text: Sequence[int], start: int, width: int) -> np.ndarray:

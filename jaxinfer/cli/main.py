@@ -27,7 +27,7 @@ HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command that argv[1] names and return its exit code: 0, or 2 for bad input."""
+    """Run the command that argv[1] names; its exit code, or 2 for bad input."""
     if len(argv) < 2 or argv[1] in HELP:
         print((__doc__ or "").strip())
         return 0 if len(argv) >= 2 else 2
@@ -49,8 +49,7 @@ def main(argv: Sequence[str]) -> int:
         extra = values([name, *rest])[1:]
         if extra:
             raise flags.Error(f"{extra[0]!r} is no flag; flags look like --prompt='...'")
-        command.run(values)
-        return 0
+        return command.run(values) or 0
     except (flags.Error, JaxinferError) as error:
         return _complain(str(error))
     except (MemoryError, RuntimeError) as error:

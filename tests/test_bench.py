@@ -1,0 +1,192 @@
+"""`bench` and `audit`: their arithmetic on made-up answers, and both commands on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jaxinfer.bench import audit, plot, speed
+from jaxinfer.bench.prompts import PROMPTS, read_prompts
+from jaxinfer.bench.speed import Answer
+from jaxinfer.cli.main import main
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.speculative import verify
+from jaxinfer.testing import tiny_llm
+
+
+def run(capsys, *arguments):
+    code = main(["jaxinfer", *arguments])
+    return code, *capsys.readouterr()
+
+
+# ---- bench
+
+
+def test_rates_ratios_and_counts():
+    plain = {"a": [[Answer(10, 1.0)], [Answer(10, 2.0)]], "b": [[Answer(30, 1.0)]] * 2}
+    fast = {
+        "a": [[Answer(10, 0.5, 5, 8, 5)], [Answer(10, 0.5, 5, 8, 5)]],
+        "b": [[Answer(30, 1.0, 30, 2, 0)]] * 2,
+    }
+    found = speed.summarise({"plain": plain, "fast": fast})
+    assert found["plain"]["tokens_per_second"]["a"] == {"median": 7.5, "least": 5, "most": 10}
+    assert found["plain"]["tokens_per_second"]["all"]["most"] == 20  # 40 tokens in 2 s
+    assert found["plain"]["speedup"] == {"a": 1, "b": 1, "all": 1}
+    assert found["fast"]["speedup"]["a"] == 3  # the median of 2 and 4: run by run
+    assert found["fast"]["tokens_per_round"] == {"a": 2, "b": 1, "all": 40 / 35}
+    assert found["fast"]["acceptance"] == 5 / 10
+    assert found["plain"]["tokens_per_round"] is None
+    assert found["plain"]["acceptance"] is None
+
+
+def test_systems_alternate_and_the_warm_up_is_thrown_away():
+    asked = []
+
+    def system(name):
+        def answer(ids):
+            asked.append((name, ids))
+            return Answer(len(asked), 1.0)
+
+        return answer
+
+    got = speed.run_all({"x": system("x"), "y": system("y")}, {"k": [[1], [2]]}, 2)
+    assert asked == [("x", [1]), ("y", [1]), ("x", [2]), ("y", [2])] * 3
+    assert [a.tokens for each in got["x"]["k"] for a in each] == [5, 7, 9, 11]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The commands load a tiny model, whatever the flags name."""
+
+    def load(values, **options):
+        options.pop("max_batch", None)
+        return tiny_llm(**{k: v for k, v in options.items() if v is not None})
+
+    for command in ("bench", "audit"):
+        monkeypatch.setattr(f"jaxinfer.cli.{command}.load_model", load)
+
+
+def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch):
+    assert speed.VERIFIED == (1, 2, 4, 8, 16)
+    monkeypatch.setattr(speed, "VERIFIED", (1, 4))
+    picture, prompts = tmp_path / "speed.png", tmp_path / "mine.jsonl"
+    prompts.write_text(
+        '{"kind": "copy", "prompt": "abababab"}\n\n{"kind": "odd", "prompt": "q"}\n', "utf-8"
+    )
+    flags = ["--runs=2", "--max_tokens=12", f"--prompts={prompts}"]
+    code, out, _ = run(capsys, "bench", *flags, f"--plot={picture}", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert list(result["systems"]) == ["plain", "ngram"]
+    assert set(result["systems"]["ngram"]["speedup"]) == {"copy", "odd", "all"}
+    assert list(result["verify_seconds"]) == ["1", "4"]
+    assert all(s > 0 for s in result["verify_seconds"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InvalidArgument, match="--plot="):
+        plot.draw(result, tmp_path / "nowhere" / "x.png")
+    code, out, _ = run(capsys, "bench", *flags, "--drafters=none")
+    assert code == 0
+    assert "plain" in out
+    assert "times one" in out
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("one\n\n two \n", "utf-8")
+    assert read_prompts(str(file)) == {"file": ("one", " two ")}
+    for text in ("", "\n", "[]", '{"kind": 1, "prompt": "x"}', '{"kind": "a"}', "{"):
+        (tmp_path / "p.jsonl").write_text(text, "utf-8")
+        with pytest.raises(InvalidArgument, match="--prompts="):
+            read_prompts(str(tmp_path / "p.jsonl"))
+    with pytest.raises(InvalidArgument, match="--prompts="):
+        read_prompts(str(tmp_path / "none.txt"))
+    assert set(PROMPTS) == {"chat", "code", "extract", "maths"}
+
+
+# ---- audit
+
+
+def test_the_chi_square_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 500), rng.integers(0, 6, 700)
+    statistic, freedom, pvalue = audit.homogeneity(a, b)
+    table = [np.bincount(a, minlength=6), np.bincount(b, minlength=6)]
+    want = stats.chi2_contingency(table, correction=False)
+    assert (statistic, freedom) == (pytest.approx(want.statistic), want.dof)
+    assert pvalue == pytest.approx(want.pvalue, rel=1e-3)
+    assert audit.homogeneity(a * 0, b * 0) == (0.0, 0, 1.0)
+    assert audit.homogeneity(a, b + 1)[2] < 1e-6
+
+
+@pytest.fixture
+def audited(capsys, tiny, tmp_path):
+    """Run `audit`; greedy and sampled rows share one batch size, and so their programs."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{chr(40 + i) * 2 + 'ab' * (i % 5)}\n" for i in range(32)), "utf-8")
+    flags = ["--num_draft=3", "--max_tokens=24", "--batch=32", "--sampled_tokens=2"]
+    return lambda *more: run(capsys, "audit", f"--prompts={prompts}", *flags, *more)
+
+
+def test_audit_finds_speculation_lossless(audited):
+    code, out, _ = audited("--draws=128")
+    assert code == 0, out
+    assert "greedy, exact mode: 32 of 32 answers identical" in out
+    assert out.endswith("verdict: lossless\n")
+    assert "chi-square 0.0 with" not in out  # not the same draws twice
+    code, out, _ = audited("--exact", "--draws=0", "--num_draft=0", "--json")
+    assert code == 1  # nothing was drafted
+    assert json.loads(out)["lossless"] is False
+
+
+def test_audit_finds_a_wrong_verifier(audited, monkeypatch):
+    """One that keeps whatever was drafted."""
+
+    def gullible(scores, draft, rows, position):
+        kept = verify.exact(scores, draft, rows, position)
+        size = draft.tokens.shape[1]
+        here = jnp.arange(size + 1) < draft.num[:, None]
+        padded = jnp.pad(draft.tokens, [(0, 0), (0, 1)])
+        return verify.Accepted(jnp.where(here, padded, kept.tokens), draft.num)
+
+    monkeypatch.setitem(verify.VERIFIERS, "exact", gullible)
+    jax.clear_caches()
+    code, out, _ = audited("--draws=256")
+    jax.clear_caches()
+    assert code == 1
+    assert "differs from token" in out
+    for fault in ("in exact mode", "more than rounding", "other frequencies"):
+        assert fault in out.splitlines()[-1]
+
+
+def test_margins_and_noise_are_those_of_the_logits():
+    llm = tiny_llm(dtype="bfloat16")
+    text = llm.tokenizer.encode("abcabcabcabd")
+    margin, noise = audit._margin_and_noise(llm, text, 5, 4)
+    logits = np.sort(np.asarray(llm.forward(text[:-1]).logits[0, len(text) - 2]))
+    assert margin == pytest.approx(float(logits[-1] - logits[-2]), abs=0.1)
+    assert 0 < noise < 0.2  # bfloat16 rounds differently at another width
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("audit", "--drafter=none"), "--drafter=none"),
+        (("audit", "--temperature=0"), "--temperature=0"),
+        (("audit", "--draws=-1"), "--draws=-1"),
+        (("audit", "--batch=0"), "--batch=0"),
+        (("bench", "--num_draft=x"), "--num_draft=x"),
+        (("bench", "--max_tokens=0"), "--max_tokens=0"),
+        (("bench", "--prompts=/nowhere"), "--prompts=/nowhere"),
+        (("bench", "--drafters=ngram", "--num_draft=99"), "num_draft=99"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, tiny, flags, word):
+    code, out, err = run(capsys, *flags)
+    assert (code, out) == (2, "")
+    assert word in err
+    assert len(err.splitlines()) == 1
