@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxinfer.requests import Request
 from jaxinfer.sampling import MAX_LOGPROBS, sampling_rows
 from jaxinfer.speculative import round as speculative
 from jaxinfer.speculative.costs import Costs
-from jaxinfer.speculative.drafter import NoDrafter
+from jaxinfer.speculative.drafter import Drafter
 from jaxinfer.speculative.pace import new_pace
 from jaxinfer.speculative.speculation import Speculation
 
@@ -82,13 +82,18 @@ class Model:
 def capacity_of(rows: Sequence[Request], speculation: Speculation) -> int:
     """Cache slots for these rows, to begin with.
 
-    A plain row may end early, so its cache starts small and grows. A drafter's state does not grow,
+    A row may end early, so its cache starts small and grows. A drafter's own state does not grow,
     and in exact mode a growth would come at another token than without a draft.
     """
-    whole = speculation.exact or not isinstance(speculation.drafter, NoDrafter)
+    whole = speculation.exact or bool(jax.tree.leaves(_drafter_state(speculation.drafter, 1, 1)))
     return steps.capacity_for(
         max(r.limit if whole else min(r.limit, len(r.prompt) + 64) for r in rows)
     )
+
+
+def _drafter_state(drafter: Drafter, batch: int, capacity: int) -> Any:
+    """Shapes of a drafter's state."""
+    return jax.eval_shape(lambda: drafter.init(batch, capacity))
 
 
 def new_run(
@@ -104,6 +109,7 @@ def new_run(
 ) -> speculative.Run:
     """A batch before its prefill."""
     size, width = len(prompts), speculation.drafter.max_draft
+    state_of_drafter = _drafter_state(speculation.drafter, size, capacity)
     tokens = np.zeros((size, capacity), np.int32)
     for b, prompt in enumerate(prompts):
         tokens[b, : len(prompt)] = prompt
@@ -124,10 +130,14 @@ def new_run(
         else None,
     )
     counts = speculative.Counts(
-        rounds=jnp.zeros((size,), jnp.int32),
         drafted=jnp.zeros((size,), jnp.int32),
-        accepted=jnp.zeros((size, width), jnp.int32),
         widths=jnp.zeros((len(plan.widths),), jnp.int32),
+    )
+    memory.require(
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_drafter)),
+        f"the drafter's memory of {size} rows x {capacity} tokens",
+        "fewer prompts at once, shorter prompts or fewer max_tokens, or another drafter",
+        model.devices,
     )
     own = speculation.drafter.init(size, capacity)
     pace = new_pace(size, *costs.by_length(width, plan.widths))
@@ -245,13 +255,21 @@ class Batch:
             for i, c, t, ti in zip(ids, chosen, top, top_ids, strict=True)
         ]
 
-    def stats(self, row: int, count: int) -> Stats:
-        """Counts of a row that ends with `count` new tokens, and the batch's times."""
+    def stats(self, row: int, drafted: Sequence[bool]) -> Stats:
+        """Counts of a row whose new tokens are, one by one, `drafted`; and the batch's times."""
         done: speculative.Counts = jax.device_get(self.run.counts)
         draft, verify = self.costs.split(
             self.decode_seconds, done.widths.tolist(), self.plan.widths
         )
-        accepted = done.accepted[row].tolist()
+        count, accepted = len(drafted), sum(drafted)
+        # A round ends with a token of the target's own, unless the text ended before it.
+        rounds = count - accepted + bool(drafted and drafted[-1])
+        by_position = [0] * self.speculation.drafter.max_draft
+        at = 0
+        for mark in drafted:
+            at = at + 1 if mark else 0
+            if mark:
+                by_position[at - 1] += 1
         return Stats(
             prompt_tokens=len(self.requests[row].prompt),
             new_tokens=count,
@@ -259,11 +277,11 @@ class Batch:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             tokens_per_second=count / self.decode_seconds,
-            rounds=int(done.rounds[row]),
+            rounds=rounds,
             drafted=int(done.drafted[row]),
-            accepted=sum(accepted),
-            accepted_by_position=accepted,
-            tokens_per_round=count / max(1, int(done.rounds[row])),
+            accepted=accepted,
+            accepted_by_position=by_position,
+            tokens_per_round=count / max(1, rounds),
             draft_seconds=draft,
             verify_seconds=verify,
         )

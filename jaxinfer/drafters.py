@@ -12,6 +12,7 @@ from jaxinfer.batch import Model
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.sampling import History, greedy_rows
 from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
+from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
@@ -33,13 +34,21 @@ def make_speculation(
     found = make_drafter(drafter, model, tokenizer)
     if num_draft is not None and not isinstance(found, NoDrafter):
         found = found.replace(num_draft=num_draft)
-    return Speculation(found, verifier, exact)
+    asked = Speculation(found, verifier, exact)
+    return asked if found.max_draft else dataclasses.replace(asked, drafter=NoDrafter())
 
 
 def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
-    """The drafter that `wanted` says: None, one of NAMES, an LLM, or a Drafter as it is."""
+    """The drafter that `wanted` says: None, one of NAMES, an LLM, or a Drafter as it is.
+
+    The two of a FallbackDrafter may be named in the same way.
+    """
     if wanted is None or wanted == "none":
         return NoDrafter()
+    if isinstance(wanted, FallbackDrafter):
+        parts = {"first": wanted.first, "second": wanted.second}
+        made = {part: make_drafter(own, model, tokenizer) for part, own in parts.items()}
+        return wanted.replace(**made)
     if isinstance(wanted, Drafter):
         return wanted
     if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
@@ -59,6 +68,10 @@ def model_drafter(
     own: Model, own_tokenizer: Tokenizer, target: Model, tokenizer: Tokenizer
 ) -> ModelDrafter:
     """A second model as drafter; InvalidArgument where the vocabularies have nothing in common."""
+    if own.devices != target.devices:
+        raise InvalidArgument(
+            f"the drafter lies on {own.devices} and the model on {target.devices}: load both alike"
+        )
     vocab = map_vocabularies(
         tokenizer, own_tokenizer, target.config.vocab_size, own.config.vocab_size
     )
@@ -77,8 +90,10 @@ def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDr
     if layers is None:
         middle = range(count // 4, count - count // 4)
         layers = tuple(i for i in range(count) if i not in middle or i % 2)
-    if not layers or any(not 0 <= i < count for i in layers):
-        raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}")
+    if not layers:
+        raise InvalidArgument(f"drafter='self': {count} layers are too few to leave any out")
+    if list(layers) != sorted({i for i in layers if 0 <= i < count}):
+        raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}, ascending")
     params = {name: model.params[name] for name in model.params if not name.startswith("layer_")}
     params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
     size = config.vocab_size
@@ -90,18 +105,17 @@ def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDr
     )
 
 
-def check_drafter(model: Model, speculation: Speculation, batch: int, capacity: int) -> None:
+def check_drafter(
+    model: Model, speculation: Speculation, batch: int, capacity: int, max_len: int
+) -> None:
     """Trace a drafter once and refuse one whose results have the wrong shapes.
 
     Raises:
-      InvalidArgument: what it returned and what was expected; or a draft that the context or the
-        cache of a window layer cannot hold.
+      InvalidArgument: what it returned and what was expected; or a draft as long as the context.
     """
     drafter, size = speculation.drafter, speculation.drafter.max_draft
-    if size + 1 >= model.config.max_len:
-        raise InvalidArgument(
-            f"num_draft={size}: does not fit the context of {model.config.max_len} tokens"
-        )
+    if size + 1 >= max_len:
+        raise InvalidArgument(f"num_draft={size}: does not fit the context of {max_len} tokens")
     ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens: Any = jax.ShapeDtypeStruct((batch, capacity), jnp.int32)
     context = History(tokens, ints, ints)
@@ -109,17 +123,20 @@ def check_drafter(model: Model, speculation: Speculation, batch: int, capacity: 
     rows = greedy_rows(batch, model.vocab_limit)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (batch, size)))
     state = jax.eval_shape(lambda: drafter.init(batch, capacity))
-    draft, after = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)
     name = type(drafter).__name__
-    if not isinstance(draft, Draft):
-        raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {draft!r:.80}")
+    if type(drafter).propose is Drafter.propose:
+        raise InvalidArgument(f"{name}.propose is missing: a drafter must have that method")
+    got: Any = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)
+    if type(got) is not tuple or len(got) != 2 or not isinstance(got[0], Draft):
+        raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {got!r:.80}")
+    draft, after = got
     wanted = {"tokens": ((batch, size), "int32"), "num": ((batch,), "int32")}
     if drafter.draws:
         wanted["probs"] = ((batch, size, model.config.vocab_size), "float32")
     for field, (shape, dtype) in wanted.items():
-        got = getattr(draft, field)
-        if getattr(got, "shape", None) != shape or str(got.dtype) != dtype:
-            shown = "None" if got is None else f"{got.dtype}{list(got.shape)}"
+        part = getattr(draft, field)
+        if getattr(part, "shape", None) != shape or str(part.dtype) != dtype:
+            shown = f"{part.dtype}{list(part.shape)}" if hasattr(part, "shape") else repr(part)
             raise InvalidArgument(
                 f"{name}.propose: draft.{field} must be {dtype}{list(shape)}, is {shown}"
             )

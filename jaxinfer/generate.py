@@ -1,8 +1,7 @@
 """What users touch: `LLM` with generate, stream, chat, score and forward; `loading.py` makes one.
 
-Text exists in this file only; everything below sees token ids. Read on in `batch.py` (the host's
-side of a batch), `speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`,
-`sampling.py`.
+Text is met here and not below. Read on in `batch.py` (the host's side of a batch),
+`speculative/round.py` (the compiled loop), `model.py` (the forward), `cache.py`, `sampling.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxinfer.batch import Batch, Model, capacity_of
 from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
 from jaxinfer.config import ModelConfig
-from jaxinfer.drafters import check_drafter, make_speculation
+from jaxinfer.drafters import check_drafter, make_drafter, make_speculation
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
 from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece
@@ -75,6 +75,8 @@ class LLM:
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
         self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit)
+        self.num_draft = num_draft
+        self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         self.default_speculation = make_speculation(
             drafter, num_draft, verifier, exact, self.model, tokenizer
         )
@@ -123,6 +125,9 @@ class LLM:
           drafter, num_draft, verifier, exact: as for `load`, for this call; left out, they are what
             `load` was told.
           **overrides: fields of `SamplingParams` that replace those of `params`.
+
+        With a seed the text is always the same, but for num_draft="auto" under verifier="rejection"
+        or "block": there it is of the same distribution, and how much is drafted depends on time.
 
         Returns:
           A GenerationOutput for one prompt (a list of n where n > 1), a list in order for a list.
@@ -211,10 +216,19 @@ class LLM:
           InvalidArgument: no such drafter, a draft length or a verifier that does not fit.
         """
         base = self.default_speculation
+        if isinstance(drafter, str) and drafter == "default":
+            drafter = base.drafter
+        elif isinstance(drafter, LLM):  # matching two vocabularies takes its time: once
+            if drafter not in self._drafters:
+                own = make_drafter(drafter, self.model, self.tokenizer)
+                self._drafters[drafter] = own
+            drafter = self._drafters[drafter]
+        if verifier is None:  # asking for exact mode asks for its verifier
+            verifier = "auto" if exact else base.verifier
         return make_speculation(
-            base.drafter if isinstance(drafter, str) and drafter == "default" else drafter,
-            num_draft,
-            base.verifier if verifier is None else verifier,
+            drafter,
+            self.num_draft if num_draft is None else num_draft,
+            verifier,
             base.exact if exact is None else exact,
             self.model,
             self.tokenizer,
@@ -229,7 +243,7 @@ class LLM:
         key = (jax.tree.structure(speculation.drafter), plan, size)
         if key not in self._costs:
             capacity = capacity_of(rows, speculation)
-            check_drafter(self.model, speculation, size, capacity)
+            check_drafter(self.model, speculation, size, capacity, self.max_len)
             self._costs[key] = measure(self.model, speculation, size, capacity)
         return self._costs[key]
 
@@ -266,7 +280,7 @@ class LLM:
                     yield row, Piece(text, row, ids, marks[row][shown[row] :][: len(ids)], reason)
                     shown[row] = len(writer.token_ids)
                 if reason:
-                    yield row, _output(batch, row, writer, reason)
+                    yield row, _output(batch, row, writer, marks[row], reason)
 
     # ---------------------------------------------------------------- research
 
@@ -326,13 +340,15 @@ def _finish_reason(request: Request, writer: TextWriter) -> FinishReason | None:
     return "length" if len(request.prompt) + len(ids) >= request.limit else None
 
 
-def _output(batch: Batch, row: int, writer: TextWriter, reason: FinishReason) -> GenerationOutput:
+def _output(
+    batch: Batch, row: int, writer: TextWriter, marks: Sequence[bool], reason: FinishReason
+) -> GenerationOutput:
     count = len(writer.token_ids)
     return GenerationOutput(
         writer.text,
         writer.token_ids,
         reason,
-        batch.stats(row, count),
+        batch.stats(row, marks[:count]),
         batch.logprobs(row, count),
     )
 

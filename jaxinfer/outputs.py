@@ -28,8 +28,8 @@ class Stats:
     prefill_seconds: float  # putting the prompt into the cache
     decode_seconds: float  # everything after that
     tokens_per_second: float  # new_tokens / decode_seconds
-    rounds: int  # forwards of the model since the prompt; plain decoding takes one a token
-    drafted: int  # tokens that the drafter offered
+    rounds: int  # forwards of the model that made these tokens; plain decoding takes one each
+    drafted: int  # tokens that the drafter offered; a few more where a stop string ended the text
     accepted: int  # of those, how many were kept
     accepted_by_position: list[int]  # rounds that kept the first of a draft, the second, ...
     tokens_per_round: float  # new_tokens / rounds, so the token behind an accepted draft counts

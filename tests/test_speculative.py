@@ -15,6 +15,7 @@ from jaxinfer.drafters import self_drafter
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Draft, Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
@@ -299,3 +300,123 @@ def test_load_remembers_a_drafter(llm):
     out = again.generate("abcabcabc", GREEDY)
     assert out.stats.drafted > 0
     assert again.generate("abcabcabc", GREEDY, drafter=None).stats.drafted == 0
+    assert again.speculation("ngram").drafter.num_draft == 5
+    assert again.speculation("ngram", 2).drafter.num_draft == 2
+    judged = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", verifier="block")
+    assert judged.speculation(exact=True).verifier == "auto"
+    want = llm.generate("abc", WARM).token_ids
+    assert judged.generate("abc", WARM, drafter=None).token_ids == want
+
+
+def test_a_drafter_that_is_the_target_is_right_in_every_row(llm):
+    """Prompts of one token have no prefill; rows that differ in length are rewound one by one."""
+    found = drafter("same", llm, 4)
+    for prompts in ([[41]], [[1], [2, 3], [7] * 20, [9], [4, 4, 1], [41], [8], [30, 2]]):
+        for o in llm.generate(prompts, GREEDY, drafter=found, verifier="rejection"):
+            assert o.stats.accepted == o.stats.drafted > 20
+
+
+class NoTokens(LastToken, kw_only=True):
+    """Offers what is no token: an id below all, then one beyond."""
+
+    def propose(self, state, context, rows, want, keys):
+        tokens = jnp.broadcast_to(jnp.array([-1, 64, 2**30]), (want.shape[0], 3))
+        return Draft(tokens, want), state
+
+
+@pytest.mark.parametrize("verifier", ["exact", "rejection", "block"])
+def test_what_is_no_token_is_never_said(llm, verifier):
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, seed=1)
+    out = llm.generate("abc", params, drafter=NoTokens(), verifier=verifier)
+    assert len(out.token_ids) == 12
+    assert all(0 <= i < 64 for i in out.token_ids)
+    assert out.stats.drafted == 0
+
+
+def test_a_row_does_not_depend_on_its_neighbours(llm):
+    """Nor greedy rows on sampled ones; with a drafter that draws and a rule that has luck."""
+    cold = SamplingParams(max_tokens=24, ignore_eos=True)
+    warm = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, seed=5)
+    hot = SamplingParams(max_tokens=9, ignore_eos=True, temperature=2.0, top_k=9, seed=6)
+    for verifier in ("rejection", "block"):
+        how = {"drafter": drafter("other", llm, 3), "verifier": verifier}
+        a = llm.generate(["abcab", "hello", "x"], [warm, cold, hot], **how)
+        b = llm.generate(["abcab", "hello", "zzzzzz"], [warm, cold, cold], **how)
+        assert ids(a[:2]) == ids(b[:2])
+        assert a[1].token_ids == llm.generate("hello", cold).token_ids
+
+
+def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):
+    texts = []
+    for dear in (1.0, 1.5, 100.0):
+        costs = Costs((1.0, dear, dear), (0.0, 0.1))
+        monkeypatch.setattr("jaxinfer.generate.measure", lambda *_, costs=costs: costs)
+        again = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
+        out = again.generate("abcabc", WARM, drafter=drafter("other", llm, "auto"))
+        texts.append((out.token_ids, out.stats.drafted))
+    assert texts[0][0] == texts[1][0] == texts[2][0]
+    assert texts[0][1] > texts[2][1] == 0
+
+
+def test_a_ring_that_goes_round_under_speculation():
+    """Window layers have 6 + 512 slots here, and the text 700 tokens."""
+    rope = Rope(theta=10000.0, dim=8)
+    layers = (LayerConfig(window=6, rope=rope), LayerConfig(rope=rope))
+    llm = tiny_llm(layers=layers, max_len=2048)
+    params = SamplingParams(max_tokens=700, ignore_eos=True, temperature=0.7, seed=2)
+    want = llm.generate("abcabc", params)
+    assert len(set(want.token_ids)) > 20
+    got = llm.generate("abcabc", params, drafter="ngram", num_draft=5)
+    assert got.token_ids == want.token_ids
+    assert got.stats.accepted > 10
+
+
+def test_stats_end_where_the_text_ends(llm):
+    """A stop string is seen by the host, some rounds after it was made."""
+    free = llm.generate("abcabcabc", GREEDY, drafter=drafter("same", llm, 4))
+    out = llm.generate("abcabcabc", GREEDY, drafter=drafter("same", llm, 4), stop=free.text[6:8])
+    s = out.stats
+    assert s.new_tokens == len(out.token_ids) < 40
+    assert s.rounds == -(-s.new_tokens // 5)  # four drafted, one its own
+    assert s.accepted == sum(s.accepted_by_position)
+    assert s.rounds + s.accepted - s.new_tokens in (0, 1)
+    plain = llm.generate("abcabcabc", GREEDY, stop=free.text[6:8]).stats
+    assert plain.rounds == plain.new_tokens
+
+
+def test_a_fallback_takes_names_and_models(llm):
+    found = FallbackDrafter(first="ngram", second=tiny_llm(seed=4))
+    out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
+    assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
+    assert out.stats.drafted > 0
+
+
+class Half(LastToken, kw_only=True):
+    """Forgets its state."""
+
+    def propose(self, state, context, rows, want, keys):
+        return super().propose(state, context, rows, want, keys)[0]
+
+
+class Empty(Drafter, kw_only=True):
+    """Has no propose."""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (Half, r"Half.propose: must return \(Draft, state\)"),
+        (Empty, "Empty.propose is missing"),
+        (lambda: NGramDrafter(max_ngram=2, min_ngram=3), "1 <= min_ngram <= max_ngram"),
+        (lambda: FallbackDrafter(first="ngram", second="nobody"), "drafter='nobody'"),
+    ],
+)
+def test_more_wrong_drafters(llm, wrong, words):
+    with pytest.raises(InvalidArgument, match=words):
+        llm.generate("abc", GREEDY, drafter=wrong())
+
+
+def test_no_draft_is_plain_decoding(llm):
+    assert llm.generate("abc", GREEDY, drafter="self", num_draft=0).stats.drafted == 0
+    with pytest.raises(InvalidArgument, match="too few to leave any out"):
+        tiny_llm(layers=(LayerConfig(),)).generate("abc", drafter="self")

@@ -27,7 +27,10 @@ def transformers(path: Path, dtype: str, max_tokens: int) -> dict[str, System]:
         ) from error
     folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     kind = getattr(torch, dtype)
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options).eval()
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidArgument(f"--compare=transformers cannot read {path}: {error}") from error
 
     class Clock:
         """A streamer that notes when the first new tokens came, and how many they were."""
@@ -80,7 +83,10 @@ def llama_cpp(path: Path, max_tokens: int, threads: int) -> dict[str, System]:
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
     params.cpuparams.n_threads = threads
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise InvalidArgument(f"--compare=llama.cpp cannot read {path}: {error}") from error
 
     def run(ids: list[int]) -> Answer:
         asked = {"prompt": ids, "n_predict": max_tokens, "temperature": 0, "cache_prompt": False}

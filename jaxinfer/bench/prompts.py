@@ -70,7 +70,8 @@ def read_prompts(path: str) -> dict[str, tuple[str, ...]]:
                 kind, prompt = record["kind"], record["prompt"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 kind = prompt = ""
-            if not isinstance(kind, str) or not isinstance(prompt, str) or not prompt:
+            named = isinstance(kind, str) and kind not in ("", "all")  # "all" is their sum
+            if not named or not isinstance(prompt, str) or not prompt:
                 raise InvalidArgument(
                     f'--prompts={path}: line {number} is not {{"kind": "..", "prompt": ".."}}'
                 )

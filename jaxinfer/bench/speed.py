@@ -79,6 +79,7 @@ def compare(
     memory = found.pop("memory")["tokens_per_second"]["all"]
     limit = memory["median"] / llm.nbytes
     longest = max(len(ids) for each in prompts.values() for ids in each)
+    capacity = min(longest + max_tokens, llm.max_len)
     return {
         "dtype": llm.model.dtype.name,
         "device": llm.model.devices[0].device_kind,
@@ -90,7 +91,7 @@ def compare(
         "limit_tokens_per_second": limit,
         "fraction_of_limit": found["plain"]["tokens_per_second"]["all"]["median"] / limit,
         "systems": found,
-        "verify_seconds": verify_costs(llm, longest + max_tokens) if costs else {},
+        "verify_seconds": verify_costs(llm, capacity) if costs else {},
     }
 
 

@@ -60,6 +60,10 @@ def run(values: flags.FlagValues) -> None:
     from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, read_prompts
     from jaxinfer.checkpoint import hub
 
+    if values.plot:
+        plot.check(values.plot)
+    if clash := {"plain", "memory"} & set(values.drafters):
+        raise InvalidArgument(f"--drafters={clash.pop()}: the name is taken, write it as a path")
     texts = read_prompts(values.prompts) if values.prompts else PROMPTS
     begin = time.perf_counter()
     llm = load_model(values)
@@ -81,9 +85,9 @@ def run(values: flags.FlagValues) -> None:
         peers=others,
     )
     result = {"model": values.model, "load_seconds": load_seconds, **measured}
+    print(json.dumps(result) if values.json else table(result))
     if values.plot:
         plot.draw(result, values.plot)
-    print(json.dumps(result) if values.json else table(result))
 
 
 def table(result: dict[str, Any]) -> str:

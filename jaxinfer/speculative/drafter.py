@@ -77,6 +77,9 @@ class Drafter(struct.PyTreeNode, kw_only=True):
           want: [B] i32 in 0..M, offer no more than this.
           keys: [B,M] random keys, one a token, for drafters that draw (`choose` takes them).
 
+        How many are offered may depend on all that came before, never on the guesses themselves:
+        a drafter that stops where it was unsure of what it drew would bias rejection and block.
+
         Returns:
           The draft, and the state.
         """

@@ -12,10 +12,13 @@ from jaxinfer.speculative.drafter import Draft, Drafter
 
 
 class FallbackDrafter(Drafter, kw_only=True):
-    """`first` (n-gram lookup, say), else `second` (a model). Their own num_draft do not count."""
+    """`first` ("ngram", say), else `second` (an LLM, say). Their own num_draft do not count.
 
-    first: Drafter
-    second: Drafter
+    Each is what `LLM.speculation` takes as a drafter, and a Drafter once that has seen it.
+    """
+
+    first: Any
+    second: Any
 
     @property
     def draws(self) -> bool:
@@ -23,7 +26,7 @@ class FallbackDrafter(Drafter, kw_only=True):
         return self.first.draws or self.second.draws
 
     def _parts(self) -> tuple[Drafter, Drafter]:
-        return tuple(d.replace(num_draft=self.num_draft) for d in (self.first, self.second))  # type: ignore[return-value]
+        return tuple(d.replace(num_draft=self.num_draft) for d in (self.first, self.second))
 
     def init(self, batch: int, capacity: int) -> Any:
         """Both states."""

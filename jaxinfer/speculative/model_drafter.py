@@ -83,6 +83,7 @@ class ModelDrafter(Drafter, kw_only=True):
     ) -> tuple[Draft, DraftState]:
         """See Drafter; the drafts of a greedy row are greedy."""
         size = want.shape[0], self.max_draft
+        state = self._take(state, context, CATCH_UP)  # a prompt of one token has no prefill
         room = min(state.tokens.shape[1], self.config.max_len)
         want = jnp.where(state.num + want <= room, want, 0)  # past its own context it is silent
         state = self._read(state, want > 0, CATCH_UP)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.sampling import History, SamplingRows
 from jaxinfer.speculative.drafter import Draft, Drafter, static
 
@@ -21,6 +22,13 @@ class NGramDrafter(Drafter, kw_only=True):
 
     max_ngram: int = static(4)
     min_ngram: int = static(2)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise InvalidArgument(
+                f"NGramDrafter(max_ngram={self.max_ngram}, min_ngram={self.min_ngram}):"
+                " 1 <= min_ngram <= max_ngram"
+            )
 
     def propose(
         self, state: Any, context: History, rows: SamplingRows, want: jax.Array, keys: jax.Array

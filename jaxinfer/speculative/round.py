@@ -38,9 +38,7 @@ from jaxinfer.steps import State
 class Counts:
     """What happened so far, a row."""
 
-    rounds: jax.Array  # [B] i32
     drafted: jax.Array  # [B] i32, tokens offered and judged
-    accepted: jax.Array  # [B,M] i32, how often the i-th of a draft was kept
     widths: jax.Array  # [W] i32, rounds of the whole batch at each width
 
 
@@ -124,8 +122,11 @@ def _round(
     at = state.num_tokens[:, None] + jnp.arange(drafter.max_draft)
     keys = row_keys(rows, at, stream, state.num_tokens)
     draft, own = drafter.propose(run.drafter, state.history, rows, want, keys)
+    # A draft ends before an id that is none: whoever wrote the drafter, it does no harm.
+    known = (draft.tokens >= 0) & (draft.tokens < config.vocab_size)
+    whole = jnp.cumprod(known, axis=1, dtype=jnp.int32).sum(axis=1)
     draft = draft._replace(
-        num=jnp.clip(draft.num, 0, want),
+        num=jnp.clip(jnp.minimum(draft.num, whole), 0, want),
         probs=None if plan.verifier == "exact" else draft.probs,  # it does not look at them
     )
     if drafter.num_draft == "auto":
@@ -142,11 +143,8 @@ def _round(
     state, num_new, num_accepted, hidden = outcome
 
     judged = jnp.minimum(num_accepted + 1, draft.num)
-    steps = jnp.arange(drafter.max_draft)
     counts = Counts(
-        rounds=run.counts.rounds + (num_new > 0),
         drafted=run.counts.drafted + draft.num,
-        accepted=run.counts.accepted + (steps < num_accepted[:, None]),
         widths=run.counts.widths.at[which].add(1),
     )
     return Run(

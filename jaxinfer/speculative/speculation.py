@@ -49,8 +49,12 @@ class Speculation:
 
     def plan(self, narrow: int) -> Plan:
         """What to compile; `narrow` is the cheapest width of a forward that feeds one token."""
-        draws = self.drafter.draws and not self.exact
-        verifier = self.verifier if self.verifier != "auto" else "block" if draws else "exact"
+        # Only the exact rule gives the same tokens however much is drafted, which for "auto" is a
+        # matter of the machine's speed: a seed shall mean one text.
+        free = self.drafter.draws and not self.exact and self.drafter.num_draft != "auto"
+        verifier = self.verifier if self.verifier != "auto" else "block" if free else "exact"
+        if not self.drafter.max_draft:
+            verifier = "exact"
         size = self.drafter.max_draft + 1
         if self.exact:
             whole = -(-size // CANONICAL) * CANONICAL
