@@ -91,5 +91,5 @@ from jaxinfer.bench import plot, speed
 from jaxinfer.bench.prompts import PROMPTS, chat_or_plain
 
 prompts = {kind: [chat_or_plain(llm, texts[-1])] for kind, texts in PROMPTS.items()}
-result = speed.compare(llm, {"ngram": "ngram"}, prompts, max_tokens=48, runs=3, costs=False)
+result = speed.compare(llm, {"ngram": "ngram"}, prompts, max_tokens=48, runs=2, costs=False)
 plot.draw(result)

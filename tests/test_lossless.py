@@ -148,9 +148,12 @@ def refused(values):
 
 
 @pytest.mark.parametrize(
-    "draws", [4_000, pytest.param(200_000, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("name", "draws"),
+    [
+        *((name, 4_000) for name in ("ngram", "opposite", "fallback")),
+        *(pytest.param(name, 200_000, marks=pytest.mark.slow) for name in DRAFTERS),
+    ],
 )
-@pytest.mark.parametrize("name", DRAFTERS)
 def test_the_loop_follows_the_law(llm, laws, name, draws):
     """`draws` of each of ten groups, for each verifier."""
     found = drafter(name, llm)

@@ -359,16 +359,16 @@ def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):
 
 
 def test_a_ring_that_goes_round_under_speculation():
-    """Window layers have 6 + 512 slots here, and the text 700 tokens."""
+    """Window layers have 6 + 512 slots here, and the text 640 tokens."""
     rope = Rope(theta=10000.0, dim=8)
     layers = (LayerConfig(window=6, rope=rope), LayerConfig(rope=rope))
     llm = tiny_llm(layers=layers, max_len=2048)
-    params = SamplingParams(max_tokens=700, ignore_eos=True, temperature=0.7, seed=2)
-    want = llm.generate("abcabc", params)
-    assert len(set(want.token_ids)) > 20
-    got = llm.generate("abcabc", params, drafter="ngram", num_draft=5)
+    params = SamplingParams(max_tokens=160, ignore_eos=True, temperature=0.5, seed=2)
+    want = llm.generate("abcabc" * 80, params)
+    assert len(set(want.token_ids)) > 10
+    got = llm.generate("abcabc" * 80, params, drafter="ngram", num_draft=5)
     assert got.token_ids == want.token_ids
-    assert got.stats.accepted > 10
+    assert got.stats.accepted > 5
 
 
 def test_stats_end_where_the_text_ends(llm):

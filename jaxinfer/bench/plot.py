@@ -12,7 +12,7 @@ def check(file: str | Path) -> None:
     """Before anything is measured: InvalidArgument where `draw` would fail."""
     if not Path(file).absolute().parent.is_dir():
         raise InvalidArgument(f"--plot={file}: there is no such folder")
-    draw({"systems": {"": {"tokens_per_second": {}}}, "verify_seconds": {}})
+    draw({"systems": {"plain": {"tokens_per_second": {}}}, "verify_seconds": {}})
 
 
 def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
