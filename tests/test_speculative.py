@@ -366,9 +366,14 @@ def test_a_ring_that_goes_round_under_speculation():
     params = SamplingParams(max_tokens=160, ignore_eos=True, temperature=0.5, seed=2)
     want = llm.generate("abcabc" * 80, params)
     assert len(set(want.token_ids)) > 10
-    got = llm.generate("abcabc" * 80, params, drafter="ngram", num_draft=5)
-    assert got.token_ids == want.token_ids
-    assert got.stats.accepted > 5
+    often_wrong, right = NGramDrafter(min_ngram=1, num_draft=5), llm.speculation(llm, 4).drafter
+    stats = []
+    for found in (often_wrong, right):
+        got = llm.generate("abcabc" * 80, params, drafter=found, verifier="exact")
+        assert got.token_ids == want.token_ids
+        stats.append(got.stats)
+    assert stats[0].drafted > 3 * stats[0].accepted
+    assert stats[1].accepted == stats[1].drafted > 120
 
 
 def test_stats_end_where_the_text_ends(llm):
