@@ -283,6 +283,12 @@ def test_window_and_growth_together():
     assert_greedy_without_cache(llm, llm.tokenizer.encode("abc"), out.token_ids)
 
 
+def test_bfloat16_in_batches_with_several_kv_heads():
+    llm = tiny_llm(dtype="bfloat16", num_heads=6, num_kv_heads=3, head_dim=16)
+    many = llm.generate(["abcabcabc" * 3, "x", "hello", "zz"] * 2, max_tokens=8, ignore_eos=True)
+    assert [len(o.token_ids) for o in many] == [8] * 8
+
+
 def test_bfloat16_generates():
     llm = tiny_llm(dtype="bfloat16")
     one = llm.generate("abc", GREEDY).token_ids

@@ -48,7 +48,15 @@ def cached_attention_reference(
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
 
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights[..., :slots], v_cache, **exact)
+    # Rows and heads as one axis: XLA:CPU (jaxlib 0.10) refuses this product of bfloat16 with two
+    # batch axes where it writes the result transposed.
+    flat = jnp.einsum(
+        "nxs,nsh->nxh",
+        weights[..., :slots].reshape(batch * num_kv, -1, slots),
+        v_cache.reshape(batch * num_kv, slots, head_dim),
+        **exact,
+    )
+    out = jnp.moveaxis(flat.reshape(batch, num_kv, -1, num_new, head_dim), 3, 1)  # [B,T,K,G,H]
     if v is not None:
         out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., slots:], v, **exact)
     return out.reshape(q.shape).astype(q.dtype)
