@@ -148,7 +148,7 @@ def refused(values):
 
 
 @pytest.mark.parametrize(
-    ("name", "draws"),
+    ("name", "draws"),  # in the short form one drafter of each kind: each compiles three loops
     [
         *((name, 4_000) for name in ("ngram", "opposite", "fallback")),
         *(pytest.param(name, 200_000, marks=pytest.mark.slow) for name in DRAFTERS),

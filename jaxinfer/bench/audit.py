@@ -105,8 +105,9 @@ def greedy(
     for number, (prompt, a, b) in enumerate(zip(prompts, plain, fast, strict=True)):
         if a.token_ids == b.token_ids:
             continue
+        # Neither is a beginning of the other: both end with an end token, or at the same limit.
         pairs = zip(a.token_ids, b.token_ids, strict=False)
-        at = next((i for i, (x, y) in enumerate(pairs) if x != y), len(b.token_ids))
+        at = next(i for i, (x, y) in enumerate(pairs) if x != y)
         text = [*prompt, *a.token_ids[: at + 1]]
         margin, moved = _margin_and_noise(llm, text, len(prompt), drafter.max_draft + 1)
         divergences.append(Divergence(number, at, margin))

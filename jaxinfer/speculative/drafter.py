@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.sampling import History, SamplingRows
 
 MAX_AUTO_DRAFT = 7  # num_draft="auto" offers at most this many; eight rows are one tile on CPU
@@ -83,7 +84,7 @@ class Drafter(struct.PyTreeNode, kw_only=True):
         Returns:
           The draft, and the state.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no propose")
+        raise InvalidArgument(f"{type(self).__name__}.propose is missing: a drafter must have it")
 
 
 def static(default: Any) -> Any:

@@ -11,8 +11,8 @@ from jaxinfer.speculative.round import Plan
 
 Verifier = Literal["auto", "exact", "rejection", "block"]
 
-CANONICAL = 8  # T of every forward in exact mode: a whole tile on every backend
-MAX_DRAFT = 64  # a longer draft is never worth its cost
+CANONICAL = 8  # T of every forward in exact mode; up to it XLA:CPU charges little more than for one
+MAX_DRAFT = 64  # bounds what is compiled; far below MAX_BLOCK, so that every cache can be rewound
 
 
 @dataclasses.dataclass(frozen=True)
