@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import cache, memory, sharding, steps
+from jaxinfer.attend import Kernels
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params
 from jaxinfer.outputs import Stats, TokenLogprob
@@ -23,6 +24,7 @@ from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter
 from jaxinfer.speculative.pace import new_pace
 from jaxinfer.speculative.speculation import Speculation
+from pallas_kernels import Impl
 
 
 class New(NamedTuple):
@@ -41,17 +43,24 @@ class Model:
     dtype: jnp.dtype  # of activations and cache
     mesh: Mesh | None
     vocab_limit: int  # ids from here on pad the logits
+    impl: Impl = "xla"  # of the attention kernels
 
     @property
     def devices(self) -> list[jax.Device]:
         """Where the weights lie."""
         return sorted(jax.tree.leaves(self.params)[0].devices(), key=lambda d: d.id)
 
-    def new_cache(self, batch: int, capacity: int) -> cache.KVCache:
+    def kernels(self, exact: bool = False) -> Kernels:
+        """How attention writes and reads a cache of this model."""
+        return Kernels(self.impl, write_first=exact, mesh=self.mesh)
+
+    def new_cache(self, batch: int, capacity: int, *, exact: bool = False) -> cache.KVCache:
         """An empty cache, refused with OutOfMemory where it cannot fit."""
         self.require_cache(batch, capacity)
         where = sharding.sharding("BKSH", self.mesh) if self.mesh else None
-        return cache.init_cache(self.config, batch, capacity, self.dtype, where)
+        return cache.init_cache(
+            self.config, batch, capacity, self.dtype, where, self.kernels(exact)
+        )
 
     def require_cache(self, batch: int, capacity: int) -> None:
         """Raise OutOfMemory unless there is room for such a cache."""
@@ -122,7 +131,7 @@ def new_run(
         limit=jnp.asarray(limits, jnp.int32),
         done=jnp.asarray(lengths >= np.array(limits)),
         drafted=jnp.zeros((size, capacity), bool),
-        cache=model.new_cache(size, capacity),
+        cache=model.new_cache(size, capacity, exact=speculation.exact),
         logprobs=steps.LogProbs(
             jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32)
         )

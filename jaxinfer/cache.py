@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.attend import XLA, Kernels
 from jaxinfer.config import LayerConfig, ModelConfig
 
 MAX_BLOCK = 512  # T, most tokens a row that one forward may feed where a layer has a window
@@ -28,20 +30,6 @@ class LayerCache(NamedTuple):
     k: jax.Array  # [B,K,S,H] in the model's dtype
     v: jax.Array  # [B,K,S,H]
 
-    def append(
-        self, k: jax.Array, v: jax.Array, start: jax.Array, num_new: jax.Array
-    ) -> LayerCache:
-        """Write k, v [B,T,K,H] of row b at positions start[b] ..; only its first num_new[b]."""
-        size = self.k.shape[2]
-        t = jnp.arange(k.shape[1])
-        # Slot S lies outside: those writes are dropped, so padding never touches a live slot.
-        slots = jnp.where(t < num_new[:, None], (start[:, None] + t) % size, size)  # [B,T]
-        rows = jnp.arange(k.shape[0])[:, None]
-        return LayerCache(
-            self.k.at[rows, :, slots].set(k.astype(self.k.dtype), mode="drop"),
-            self.v.at[rows, :, slots].set(v.astype(self.v.dtype), mode="drop"),
-        )
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +39,7 @@ class KVCache:
     # L of them: separate leaves, since a stacked one would be copied.
     layers: tuple[LayerCache, ...]
     lengths: jax.Array  # [B] int32, tokens held
+    kernels: Kernels = dataclasses.field(default=XLA, metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +50,10 @@ class KVCache:
     def dtype(self) -> jnp.dtype:
         """The model's own."""
         return self.layers[0].k.dtype
+
+    def after(self, layers: Sequence[LayerCache], num_new: jax.Array) -> KVCache:
+        """The cache once each layer has taken num_new[b] tokens of row b."""
+        return dataclasses.replace(self, layers=tuple(layers), lengths=self.lengths + num_new)
 
     def rewind(self, num: jax.Array) -> KVCache:
         """Forget the last num[b] tokens of row b: a subtraction, never a copy.
@@ -108,6 +101,7 @@ def init_cache(
     capacity: int,
     dtype: jnp.dtype,
     sharding: jax.sharding.Sharding | None = None,
+    kernels: Kernels = XLA,
 ) -> KVCache:
     """An empty cache. Zeros, not uninitialised memory: a masked NaN times zero is still NaN."""
 
@@ -116,4 +110,4 @@ def init_cache(
 
     shapes = cache_shapes(config, batch, capacity)
     layers = tuple(LayerCache(zeros(shape), zeros(shape)) for shape in shapes)
-    return KVCache(layers, jnp.zeros((batch,), jnp.int32))
+    return KVCache(layers, jnp.zeros((batch,), jnp.int32), kernels)

@@ -75,7 +75,13 @@ def model_drafter(
     vocab = map_vocabularies(
         tokenizer, own_tokenizer, target.config.vocab_size, own.config.vocab_size
     )
-    return ModelDrafter(params=own.params, vocab=vocab, config=own.config, dtype=own.dtype)
+    return ModelDrafter(
+        params=own.params,
+        vocab=vocab,
+        config=own.config,
+        dtype=own.dtype,
+        kernels=own.kernels(),
+    )
 
 
 def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDrafter:
@@ -102,6 +108,7 @@ def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDr
         vocab=identity(size, size),
         config=dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers)),
         dtype=model.dtype,
+        kernels=model.kernels(),
     )
 
 

@@ -32,6 +32,7 @@ from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
+from pallas_kernels import Impl
 
 STEPS_PER_LOOK = 64  # tokens between two looks of the host at a batch without stop strings
 STEPS_PER_LOOK_STOP = 8  # with stop strings: at most this many tokens are made in vain
@@ -53,6 +54,7 @@ class LLM:
         *,
         dtype: jnp.dtype,
         mesh: Mesh | None = None,
+        kernels: Impl = "xla",
         max_len: int | None = None,
         max_batch: int = 32,
         default_params: SamplingParams | None = None,
@@ -74,7 +76,7 @@ class LLM:
         self.default_params = default_params or SamplingParams()
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
-        self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit)
+        self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit, kernels)
         self.num_draft = num_draft
         self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         self.default_speculation = make_speculation(

@@ -16,6 +16,7 @@ from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
+from pallas_kernels import Impl
 
 
 def load(
@@ -23,6 +24,7 @@ def load(
     *,
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
+    kernels: Impl = "auto",
     drafter: DrafterLike = None,
     num_draft: int | Literal["auto"] | None = None,
     verifier: Verifier = "auto",
@@ -39,6 +41,8 @@ def load(
       dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
         Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
+      kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": what is fastest on the
+        device and covers the model.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
       num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
       verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
@@ -64,7 +68,7 @@ def load(
     path = hub.resolve(str(name), cache=folder)
     kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
     if isinstance(drafter, str | Path) and drafter not in NAMES:
-        drafter = load(drafter, dtype=kind, mesh=mesh, cache_dir=cache_dir)
+        drafter = load(drafter, dtype=kind, mesh=mesh, kernels=kernels, cache_dir=cache_dir)
     checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
     return LLM(
         checkpoint.params,
@@ -72,6 +76,7 @@ def load(
         checkpoint.tokenizer,
         dtype=kind,
         mesh=mesh,
+        kernels=_kernels(kernels, mesh),
         max_len=max_len,
         max_batch=max_batch,
         default_params=checkpoint.default_params,
@@ -83,10 +88,26 @@ def load(
     )
 
 
+def _platform(mesh: Mesh | None) -> str:
+    return (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
+
+
+def _kernels(kernels: Impl, mesh: Mesh | None) -> Impl:
+    """What runs on these devices; XLA reads beside the cache, which is its fast way on CPU."""
+    platform = _platform(mesh)
+    if kernels == "auto":
+        return "xla" if platform == "cpu" else "auto"
+    needs = {"xla": platform, "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+    if kernels not in needs:
+        raise InvalidArgument(f"kernels={kernels!r:.40}: one of auto, {', '.join(needs)}")
+    if needs[kernels] != platform:
+        raise InvalidArgument(f"kernels={kernels!r} runs on a {needs[kernels]}, not on {platform}")
+    return kernels
+
+
 def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
     if dtype is None:
-        platform = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
-        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if _platform(mesh) == "cpu" else jnp.bfloat16)
     known = ("float32", "bfloat16", "float16")
     if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
         raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import rotary
+from jaxinfer.attend import XLA, Kernels, attend
 from jaxinfer.cache import MAX_BLOCK, KVCache, LayerCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
-from pallas_kernels.cached_attention.api import cached_attention
 
 Params = dict[str, Any]  # nested dict of arrays
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     layer: LayerConfig
-    write_first: bool
+    kernels: Kernels
 
     @nn.compact
     def __call__(
@@ -110,25 +110,19 @@ class Attention(nn.Module):
             k = RMSNorm(c, "KH" if full else "H", name="k_norm")(k)
         if rope is not None:
             q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
-        attend = partial(
-            cached_attention,
+        y, *held = attend(
+            q,
+            k,
+            v,
+            *cache,
+            start,
+            num_new,
+            kernels=self.kernels,
             scale=c.attention_scale,
             window=self.layer.window,
             softcap=c.attention_softcap,
         )
-        if self.write_first:
-            cache = cache.append(k, v, start, num_new)
-            y = attend(q, None, None, cache.k, cache.v, start)
-        else:
-            y = attend(q, k, v, cache.k, cache.v, start)
-            # The cache is written once it has been read: XLA would else copy it to be safe.
-            cache = cache.append(k, v, _after(start, y), num_new)
-        return Linear(c, "NH", "D", c.out_bias, name="out")(y), cache
-
-
-def _after(start: jax.Array, y: jax.Array) -> jax.Array:
-    """`start` [B] unchanged, but not there before y [B,T,N,H] is: adds a zero that only y tells."""
-    return start + (y[:, 0, 0, 0] > jnp.inf).astype(start.dtype)
+        return Linear(c, "NH", "D", c.out_bias, name="out")(y), LayerCache(*held)
 
 
 class MLP(nn.Module):
@@ -149,7 +143,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     layer: LayerConfig
-    write_first: bool
+    kernels: Kernels
 
     @nn.compact
     def __call__(
@@ -162,7 +156,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         y = RMSNorm(c, name="attn_norm")(x) if c.pre_norm else x
-        y, cache = Attention(c, self.layer, self.write_first, name="attn")(
+        y, cache = Attention(c, self.layer, self.kernels, name="attn")(
             y, rope, start, num_new, cache
         )
         x = x + (RMSNorm(c, name="attn_post_norm")(y) if c.post_norm else y)
@@ -201,7 +195,6 @@ def forward(
     cache: KVCache,
     *,
     config: ModelConfig,
-    write_first: bool = False,
 ) -> tuple[jax.Array, KVCache]:
     """Feed T tokens a row; row b writes its num_new[b] of them behind the lengths[b] it holds.
 
@@ -211,15 +204,11 @@ def forward(
       num_new: [B] int32 in 0..T; 0 leaves a row idle.
       cache: what came before; lengths[b] + num_new[b] must not exceed its capacity.
       config: static.
-      write_first: static. Attention reads the new keys from the cache and not beside it, so that
-        a token's sum is the same whether it came with this forward or an earlier one. Slower.
 
     Returns:
       hidden [B,T,D] behind the final norm, and the cache with lengths + num_new.
     """
-    hidden, cache, _ = forward_with_states(
-        params, tokens, num_new, cache, config=config, write_first=write_first
-    )
+    hidden, cache, _ = forward_with_states(params, tokens, num_new, cache, config=config)
     return hidden, cache
 
 
@@ -231,7 +220,6 @@ def forward_with_states(
     *,
     config: ModelConfig,
     layers: tuple[int, ...] = (),
-    write_first: bool = False,
 ) -> tuple[jax.Array, KVCache, dict[int, jax.Array]]:
     """`forward`, and the residual stream [B,T,D] behind each of `layers`, for research."""
     if tokens.shape[1] > MAX_BLOCK and any(layer.window for layer in config.layers):
@@ -245,17 +233,17 @@ def forward_with_states(
     states, held = {}, []
     for i, (layer, kv) in enumerate(zip(config.layers, cache.layers, strict=True)):
         rope = turns.get(layer.rope)
-        block = partial(_block, config=config, layer=layer, write_first=write_first)
+        block = partial(_block, config=config, layer=layer, kernels=cache.kernels)
         x, kv = block(params[f"layer_{i}"], x, rope, start, num_new, kv)
         held.append(kv)
         if i in layers:
             states[i] = x
     hidden: Any = RMSNorm(config).apply({"params": params["final_norm"]}, x)
-    return hidden, KVCache(tuple(held), start + num_new), states
+    return hidden, cache.after(held, num_new), states
 
 
 # Jitted on its own so that like layers are traced once, not L times; XLA inlines them all the same.
-@partial(jax.jit, static_argnames=("config", "layer", "write_first"))
+@partial(jax.jit, static_argnames=("config", "layer", "kernels"))
 def _block(
     params: Params,
     x: jax.Array,  # [B,T,D]
@@ -266,9 +254,9 @@ def _block(
     *,
     config: ModelConfig,
     layer: LayerConfig,
-    write_first: bool,
+    kernels: Kernels,
 ) -> tuple[jax.Array, LayerCache]:
-    block = Block(config, layer, write_first)
+    block = Block(config, layer, kernels)
     out: Any = block.apply({"params": params}, x, rope, start, num_new, cache)
     return out
 
@@ -302,7 +290,7 @@ def param_specs(config: ModelConfig) -> Any:
         return jax.tree.map(spec, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
     # The parameters of a layer depend on the model's config alone, never on its LayerConfig.
-    block = specs(Block(config, LayerConfig(), False), x, None, one, one, cache)
+    block = specs(Block(config, LayerConfig(), XLA), x, None, one, one, cache)
     tree = {"embed": specs(Embedding(config), one[None]), "final_norm": specs(RMSNorm(config), x)}
     tree |= {f"layer_{i}": block for i in range(config.num_layers)}
     return tree if config.tied else {**tree, "head": tree["embed"]}

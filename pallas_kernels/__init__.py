@@ -1,5 +1,8 @@
 """Attention kernels for JAX. Imports jax only; an op is a folder: api, reference, backends."""
 
-from pallas_kernels.cached_attention.api import UnsupportedError, cached_attention
+from pallas_kernels.attention.api import attention
+from pallas_kernels.cache_update.api import cache_update
+from pallas_kernels.cached_attention.api import cached_attention
+from pallas_kernels.dispatch import Impl, UnsupportedError
 
-__all__ = ["UnsupportedError", "cached_attention"]
+__all__ = ["Impl", "UnsupportedError", "attention", "cache_update", "cached_attention"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import cache as cache_module
+from jaxinfer.attend import Kernels
 from jaxinfer.cache import init_cache
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.model import forward as eager_forward
@@ -19,7 +20,7 @@ from jaxinfer.rotary import frequencies, tables
 from jaxinfer.testing import tiny_config
 from pallas_kernels import UnsupportedError, cached_attention
 
-forward = jax.jit(eager_forward, static_argnames=("config", "write_first"))
+forward = jax.jit(eager_forward, static_argnames=("config",))
 head = jax.jit(eager_head, static_argnames="config")
 ROPE = Rope(theta=10000.0, dim=8)
 VARIANTS = {
@@ -140,12 +141,10 @@ def test_reading_the_new_keys_from_the_cache_or_beside_it():
     config, params = setup("window")
     tokens = jax.random.randint(jax.random.key(7), (2, 12), 0, config.vocab_size)
     whole, _ = run(config, params, tokens, [12])
-    cache = init_cache(config, 2, 32, jnp.float32)
+    cache = init_cache(config, 2, 32, jnp.float32, kernels=Kernels(write_first=True))
     for at in (0, 4, 8):
         few = tokens[:, at : at + 4]
-        hidden, cache = forward(
-            params, few, jnp.array([4, 4]), cache, config=config, write_first=True
-        )
+        hidden, cache = forward(params, few, jnp.array([4, 4]), cache, config=config)
         logits = head(params, hidden, config=config)
         np.testing.assert_allclose(logits, whole[:, at : at + 4], atol=2e-5)
 

@@ -13,7 +13,7 @@ import pytest
 # A file imports only from floors below its own, or from its own room. See the README's map.
 FLOORS = [
     ("pallas_kernels", "jaxinfer.errors", "jaxinfer.config"),
-    ("jaxinfer.sharding", "jaxinfer.memory"),
+    ("jaxinfer.sharding", "jaxinfer.memory", "jaxinfer.attend"),
     ("jaxinfer.cache", "jaxinfer.rotary", "jaxinfer.sampling"),
     ("jaxinfer.model", "jaxinfer.text", "jaxinfer.template_budget", "jaxinfer.outputs"),
     ("jaxinfer.requests", "jaxinfer.steps", "jaxinfer.checkpoint.source"),

@@ -18,6 +18,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", DEFAULT_MODEL, "Alias, hf://org/name, folder or .gguf file.", **to)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
+    flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
 
 
@@ -74,4 +75,10 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
         raise InvalidArgument(
             f"--device={values.device or 'default'} is not there: {error}"
         ) from error
-    return jaxinfer.load(values.model, dtype=values.dtype, max_len=values.max_len, **options)
+    return jaxinfer.load(
+        values.model,
+        dtype=values.dtype,
+        kernels=values.kernels,
+        max_len=values.max_len,
+        **options,
+    )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.attend import XLA, Kernels
 from jaxinfer.cache import KVCache, init_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params, forward, head
@@ -39,6 +40,7 @@ class ModelDrafter(Drafter, kw_only=True):
     vocab: VocabMap
     config: ModelConfig = static(None)
     dtype: Any = static(None)
+    kernels: Kernels = static(XLA)
 
     @property
     def draws(self) -> bool:
@@ -53,7 +55,7 @@ class ModelDrafter(Drafter, kw_only=True):
             tokens=jnp.zeros((batch, slots), jnp.int32),
             num=zero,
             taken=jnp.zeros_like(zero),
-            cache=init_cache(self.config, batch, slots, self.dtype),
+            cache=init_cache(self.config, batch, slots, self.dtype, kernels=self.kernels),
         )
 
     def observe(

@@ -60,7 +60,8 @@ class Plan:
     verifier: str  # of VERIFIERS
     widths: tuple[int, ...]  # T of a verifying forward, ascending; the last holds a whole draft
     # Exact mode: every forward has this T, whatever the draft; then a token's logits are the same
-    # bits however many came with it. None: a forward has the round's width.
+    # bits however many came with it, as long as the cache is written first (`Kernels`). None: a
+    # forward has the round's width.
     canonical: int | None = None
 
 
@@ -197,9 +198,7 @@ def _verify(
     for first in range(0, width, chunk):
         few = jnp.clip(num_fed - first, 0, chunk)
         here = slice(first, first + chunk)
-        hidden, cache = forward(
-            params, fed[:, here], few, cache, config=config, write_first=plan.canonical is not None
-        )
+        hidden, cache = forward(params, fed[:, here], few, cache, config=config)
         logits = head(params, hidden, config=config)
         if plan.canonical is None:
             logits = logits[:, : size + 1]  # width may be more, where one row is slower than two

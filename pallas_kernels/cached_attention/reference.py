@@ -1,4 +1,4 @@
-"""The definition of `cached_attention` in plain jax.numpy: what every kernel is compared with."""
+"""The definition of `cached_attention` in plain jax.numpy, and its backend "xla"."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ def cached_attention_reference(
     q: jax.Array,  # [B,T,N,H]
     k: jax.Array | None,  # [B,T,K,H]
     v: jax.Array | None,  # [B,T,K,H]
-    k_cache: jax.Array,  # [B,K,S,H]
-    v_cache: jax.Array,  # [B,K,S,H]
+    k_cache: jax.Array,  # [B,K,S,H], or [P,K,page,H]
+    v_cache: jax.Array,
     start: jax.Array,  # [B] int32
     *,
     scale: float,
-    window: int | None,
-    softcap: float | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    k_scale: jax.Array | None = None,  # [B,K,S] float32, or [P,K,page]
+    v_scale: jax.Array | None = None,
+    block_table: jax.Array | None = None,  # [B,M] int32
+    ancestors: jax.Array | None = None,  # [T,T] bool
 ) -> jax.Array:  # [B,T,N,H]
     """See `cached_attention`; scores and softmax are computed in float32."""
+    k_cache = _dense(k_cache, k_scale, block_table, q.dtype)
+    v_cache = _dense(v_cache, v_scale, block_table, q.dtype)
     batch, num_new, num_heads, head_dim = q.shape
     num_kv, slots = k_cache.shape[1], k_cache.shape[2]
     exact: dict[str, Any] = {"preferred_element_type": jnp.float32}
@@ -41,10 +47,10 @@ def cached_attention_reference(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
 
-    key = key[:, None]  # [B,1,S(+T)]; a query sees its own key at least: never nothing
-    visible = (key >= 0) & (key <= query[:, :, None])
-    if window is not None:
-        visible &= key > query[:, :, None] - window
+    if ancestors is None:
+        visible = _chain(query, key, window)
+    else:
+        visible = _tree(ancestors, start, key, window)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
 
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
@@ -60,3 +66,33 @@ def cached_attention_reference(
     if v is not None:
         out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., slots:], v, **exact)
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _chain(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """[B,T,S] bool: position query[b,t] sees key[b,s]; its own at least, so never nothing."""
+    query, key = query[:, :, None], key[:, None]
+    visible = (key >= 0) & (key <= query)
+    return visible if window is None else visible & (key > query - window)
+
+
+def _tree(ancestors: jax.Array, start: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """[B,T,S] bool: what new token t sees, by its ancestors; a window counts along the branch."""
+    depth = jnp.sum(ancestors, axis=1) - 1  # [T]
+    new = key - start[:, None]  # [B,S], which new token
+    among = ancestors[:, jnp.clip(new, 0, len(ancestors) - 1)]  # [T,B,S]
+    place = jnp.where(new < 0, key, start[:, None] + depth[jnp.clip(new, 0)])  # [B,S]
+    query = start[:, None] + depth  # [B,T]
+    seen = (new < 0)[:, None] | jnp.moveaxis(among, 0, 1)  # [B,T,S]
+    return seen & _chain(query, place, window)
+
+
+def _dense(
+    cache: jax.Array, scale: jax.Array | None, table: jax.Array | None, dtype: jnp.dtype
+) -> jax.Array:
+    """[B,K,S,H] in `dtype` of a cache that may lie in pages and may be int8."""
+    if scale is not None:
+        cache = (cache * scale[..., None]).astype(dtype)
+    if table is None:
+        return cache
+    pages = jnp.moveaxis(cache[table], 2, 1)  # [B,K,M,page,H]
+    return pages.reshape(*pages.shape[:2], -1, pages.shape[-1])

@@ -1,0 +1,1 @@
+"""New keys and values written into a cache, a position a row, in place."""
