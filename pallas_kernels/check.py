@@ -1,0 +1,182 @@
+"""Runs every kernel at every named shape through what this machine can do, and prints a table.
+
+  python -m pallas_kernels.check                   numbers, interpreted; compiled for every TPU chip
+  python -m pallas_kernels.check --device          on the accelerator here: numbers, time, bytes
+  python -m pallas_kernels.check --only llama --json
+
+Exit code 1 where a kernel falls short, 2 where the question makes no sense here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import oracle, timing, tpu_aot
+from pallas_kernels.attention import specs as attention
+from pallas_kernels.cache_update import specs as cache_update
+from pallas_kernels.cached_attention import specs as cached_attention
+from pallas_kernels.case import Case, size_of
+from pallas_kernels.dispatch import Impl, UnsupportedError
+from pallas_kernels.matmul import specs as matmul
+
+ROOMS = (attention, cached_attention, cache_update, matmul)
+SPARE = 1.1  # a verify of 8 tokens may read so many times what a decode reads
+Row = dict[str, Any]
+
+
+def all_cases(only: str = "") -> list[Case]:
+    """Every case of every op whose "op, name" matches the regular expression `only`."""
+    found = [case for room in ROOMS for case in room.cases()]
+    return [case for case in found if re.search(only, f"{case.op}, {case.name}")]
+
+
+def error_of(case: Case, impl: Impl, *, small: bool) -> float:
+    """Greatest error against float64, relative to the greatest number."""
+    args = jax.jit(lambda key: case.draw(key, small))(jax.random.key(0))
+    got = jax.tree.leaves(jax.jit(lambda a: case.run(a, impl, None))(args))
+    numbers = jax.tree.map(
+        lambda x: np.asarray(x.astype("float32") if x.dtype == "bfloat16" else x), args
+    )
+    expected = jax.tree.leaves(case.oracle(numbers))
+    return max(
+        oracle.relative_error(np.asarray(g.astype("float32")), e)
+        for g, e in zip(got, expected, strict=True)
+    )
+
+
+def judge_here(case: Case, chips: list[str]) -> Row:
+    """A row of the table of a machine without an accelerator."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    row: Row = {"op": case.op, "shape": case.name, "ok": True}
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        row["error"] = error_of(case, "pallas_tpu", small=True)
+    row["ok"] = row["error"] <= case.bound
+    # A cache or a matrix that is copied or widened in front of the kernel would show; the queries
+    # are, and lanes are padded.
+    shapes = case.shapes()
+    spare = 0.1 * size_of(shapes) + 6 * size_of(shapes.get("q", ())) + (8 << 20)
+    for chip in chips:
+        try:
+            done = tpu_aot.compile_case(case, chip)
+        except Exception as problem:  # whatever a compiler says: it goes into the table
+            row[chip], row["ok"] = f"{type(problem).__name__}: {problem}".splitlines()[0], False
+            continue
+        row[chip], row["accessed"] = "ok", done.accessed
+        if done.temporaries > spare:
+            row[chip], row["ok"] = f"{done.temporaries / 1e6:.0f} MB of temporaries", False
+    return row
+
+
+def judge_on_device(case: Case, impl: Impl, copy: float) -> Row:
+    """A row of the table of a machine with one; `copy` is its bandwidth in bytes/s."""
+    row: Row = {"op": case.op, "shape": case.name, "ok": True}
+    try:
+        row["error"] = error_of(case, impl, small=True)
+        row["ok"] = row["error"] <= case.bound
+        seconds = timing.seconds_of(case, impl)
+    except UnsupportedError as reason:
+        return row | {"note": str(reason)}
+    except Exception as problem:
+        return row | {"ok": False, "note": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+    row |= {"ms": 1e3 * seconds, "GB/s": case.nbytes / seconds / 1e9}
+    row["of copy"] = case.nbytes / seconds / copy
+    with contextlib.suppress(Exception):  # the reference may not fit
+        row["xla ms"] = 1e3 * timing.seconds_of(case, "xla")
+    if case.op == "attention" and impl == "pallas_gpu":
+        with contextlib.suppress(Exception):  # nor cuDNN cover it
+            row["cudnn ms"] = 1e3 * timing.cudnn_seconds(case)
+    return row
+
+
+def verify_ratios(rows: list[Row]) -> Iterator[tuple[str, float]]:
+    """For each shape, bytes of a verify of 8 tokens over those of a decode, by the compiler."""
+    read = {
+        r["shape"]: r["accessed"] for r in rows if r["op"] == "cached_attention" and "accessed" in r
+    }
+    for shape, accessed in read.items():
+        one = shape.replace("T=8", "T=1")
+        if one != shape and one in read:
+            yield shape, accessed / read[one]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "ok"))
+
+    def text(name: str, value: Any) -> str:
+        if name == "accessed":
+            return f"{value / 1e6:.1f} MB"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    cells = [[text(c, row[c]) if c in row else "" for c in columns] for row in rows]
+    cells = [columns, *cells]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    marks = ["    ", *("    " if row["ok"] else "BAD " for row in rows)]
+    return "\n".join(
+        mark
+        + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for mark, line in zip(marks, cells, strict=True)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", action="store_true", help="run on the accelerator here")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--only", default="", help="regular expression on 'op, shape'")
+    asked = parser.parse_args(argv)
+    cases = all_cases(asked.only)
+    if not cases:
+        print(f"--only={asked.only}: no shape is called so", file=sys.stderr)
+        return 2
+    rows, result = [], {}
+    if asked.device:
+        platform = jax.default_backend()
+        if platform == "cpu":
+            print("--device: JAX finds no accelerator here", file=sys.stderr)
+            return 2
+        impl: Impl = "pallas_tpu" if platform == "tpu" else "pallas_gpu"
+        copy = timing.copy_bandwidth()
+        result = {"device": jax.devices()[0].device_kind, "copy_gb_per_s": copy / 1e9}
+    else:
+        os.environ.update(tpu_aot.ENVIRONMENT)
+        jax.config.update("jax_platforms", "cpu")
+        chips = list(tpu_aot.TOPOLOGIES) if importlib.util.find_spec("libtpu") else []
+        result = {"device": "cpu, interpreted", "compiled_for": chips}
+    for number, case in enumerate(cases, 1):
+        print(f"\r{number}/{len(cases)} {case.op}, {case.name}\033[K", end="", file=sys.stderr)
+        row = judge_on_device(case, impl, copy) if asked.device else judge_here(case, chips)
+        rows.append(row)
+    print("\r\033[K", end="", file=sys.stderr)
+    ratios = dict(verify_ratios(rows))
+    good = all(row["ok"] for row in rows) and all(r <= SPARE for r in ratios.values())
+    if asked.json:
+        print(json.dumps(result | {"rows": rows, "verify_over_decode": ratios, "ok": good}))
+    else:
+        print(*(f"{name}: {value}" for name, value in result.items()), sep="\n")
+        if not asked.device and not chips:
+            print("not compiled for TPU: pip install libtpu")
+        print(table(rows))
+        for shape, ratio in ratios.items():
+            mark = "    " if ratio <= SPARE else "BAD "
+            print(f"{mark}{shape} reads {ratio:.3f} of what T=1 reads")
+        print("ok" if good else "some fall short")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
