@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
 
 Args = dict[str, Any]  # arrays, or their shapes
@@ -42,7 +42,7 @@ class Case:
     op: str
     name: str
     draw: Callable[[jax.Array, bool], Args]  # (key, small): random arguments; small: to interpret
-    run: Callable[[Args, Impl, TpuBlocks | None], Any]
+    run: Callable[[Args, Impl, Blocks | None], Any]
     oracle: Callable[[Args], Any]  # float64 results of NumPy arguments
     bound: float  # of the error relative to the greatest number
     nbytes: int  # that must be read and written at the real shape

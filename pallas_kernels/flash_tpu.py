@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.flash import Sums, join
 
 LANES = 128
 MAX_WHOLE = 1024  # slots that are one block where they are no multiple of the lanes
@@ -57,14 +58,6 @@ class Operands(NamedTuple):
     v_scale: Any
 
 
-class Sums(NamedTuple):
-    """Softmax in progress, and what a split leaves behind."""
-
-    acc: Any  # [heads,R,H] float32, sum of exp(score - top) * v
-    top: Any  # [heads,R,1] float32
-    total: Any  # [heads,R,1] float32, sum of exp(score - top)
-
-
 def block_of(size: int, target: int, tile: int) -> int | None:
     """The largest divisor of `size` that is a multiple of `tile` and at most `target`."""
     return next((n for n in range(target // tile * tile, 0, -tile) if size % n == 0), None)
@@ -80,11 +73,6 @@ def key_block(slots: int, target: int, window: int | None) -> int:
             f"k {slots} slots: pallas_tpu needs a multiple of {LANES}, or at most {MAX_WHOLE}"
         )
     return slots if block is None else block
-
-
-def steps_for(tokens: int, blocks: int, keys: int, window: int | None) -> int:
-    """Blocks that `tokens` queries may have to visit."""
-    return blocks if window is None else min(blocks, (window + tokens - 2) // keys + 1) + 1
 
 
 def visited(
@@ -185,14 +173,6 @@ def flash(
         name="flash_attention",
     )(*prefetch, x)
     return got if tiling.splits == 1 else join(Sums(*got)).astype(x.q.dtype)
-
-
-def join(parts: Sums) -> jax.Array:
-    """[B,K,R,H] float32 of splits [splits,B,K,R,...]: each weighs as much as its exponentials."""
-    top = jnp.max(parts.top, axis=0)
-    weight = jnp.exp(parts.top - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weight * parts.total, axis=0)
-    return jnp.sum(weight * parts.acc, axis=0) / jnp.where(total == 0.0, 1.0, total)
 
 
 def _cost(
@@ -313,17 +293,3 @@ def slots_along_lanes(head_dim: int) -> bool:
 def as_tiled(cache: jax.Array, tiling: Tiling) -> jax.Array:
     """[..,S,H] as the kernel takes it."""
     return jnp.swapaxes(cache, -1, -2) if tiling.lanes else cache
-
-
-def fold(q: jax.Array, num_kv: int) -> jax.Array:
-    """[B,T,N,H] -> [B,K,T*G,H]: the heads that share keys are rows of one matrix."""
-    batch, tokens, num_heads, head_dim = q.shape
-    grouped = q.reshape(batch, tokens, num_kv, num_heads // num_kv, head_dim)
-    return jnp.swapaxes(grouped, 1, 2).reshape(batch, num_kv, -1, head_dim)
-
-
-def unfold(out: jax.Array, tokens: int) -> jax.Array:
-    """[B,K,T*G,H] -> [B,T,N,H]."""
-    batch, num_kv, _, head_dim = out.shape
-    grouped = out.reshape(batch, num_kv, tokens, -1, head_dim)
-    return jnp.swapaxes(grouped, 1, 2).reshape(batch, tokens, -1, head_dim)

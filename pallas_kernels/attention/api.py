@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.cached_attention.reference import cached_attention_reference
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl, UnsupportedError
 
 
@@ -22,7 +24,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     impl: Impl = "auto",
-    blocks: TpuBlocks | None = None,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of a prompt, or of a piece of one, over all keys so far.
 
@@ -65,16 +67,20 @@ def attention(
     if window is not None and window < 1:
         raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
 
+    options: Any = {"scale": scale, "window": window, "softcap": softcap}
+
     def xla() -> jax.Array:
-        return cached_attention_reference(
-            q, None, None, k, v, start, scale=scale, window=window, softcap=softcap
-        )
+        return cached_attention_reference(q, None, None, k, v, start, **options)
 
     def pallas_tpu() -> jax.Array:
         from pallas_kernels.attention.tpu import attention_tpu
 
-        return attention_tpu(
-            q, k, v, start, num_new, scale=scale, window=window, softcap=softcap, blocks=blocks
-        )
+        return attention_tpu(q, k, v, start, num_new, blocks=blocks, **options)
 
-    return dispatch.run("attention", impl, {"xla": xla, "pallas_tpu": pallas_tpu})
+    def pallas_gpu() -> jax.Array:
+        from pallas_kernels.attention.gpu import attention_gpu
+
+        return attention_gpu(q, k, v, start, num_new, blocks=blocks, **options)
+
+    backends = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+    return dispatch.run("attention", impl, backends)

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels import oracle
 from pallas_kernels.attention.api import attention
 from pallas_kernels.case import MODELS, Args, Case, Model
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
 
 
@@ -58,7 +58,7 @@ def _case(
     def limit(args: Args) -> int | None:
         return None if window is None else min(window, 100) if args["k"].shape[2] == 256 else window
 
-    def run(args: Args, impl: Impl, blocks: TpuBlocks | None) -> jax.Array:
+    def run(args: Args, impl: Impl, blocks: Blocks | None) -> jax.Array:
         return attention(**args, window=limit(args), impl=impl, blocks=blocks, **options)
 
     def expected(args: Args) -> np.ndarray:

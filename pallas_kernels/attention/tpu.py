@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import flash_tpu
+from pallas_kernels import flash, flash_tpu
 from pallas_kernels.cached_attention.tpu import check_dtypes
-from pallas_kernels.chips import TpuBlocks, tpu_blocks
+from pallas_kernels.chips import Blocks, TpuBlocks, tpu_blocks
 from pallas_kernels.flash_tpu import Operands, Tiling
 
 
@@ -22,7 +22,7 @@ def attention_tpu(
     scale: float,
     window: int | None,
     softcap: float | None,
-    blocks: TpuBlocks | None,
+    blocks: Blocks | None,
 ) -> jax.Array:  # [B,T,N,H]
     """See `attention`."""
     check_dtypes(q, k, None)
@@ -32,7 +32,7 @@ def attention_tpu(
     x = Operands(
         token=jnp.asarray(np.repeat(np.arange(tiling.tokens, dtype=np.int32), groups)[:, None]),
         tree=None,
-        q=flash_tpu.fold(jnp.pad(q, [(0, 0), (0, padding), (0, 0), (0, 0)]), k.shape[1]),
+        q=flash.fold(jnp.pad(q, [(0, 0), (0, padding), (0, 0), (0, 0)]), k.shape[1]),
         k=flash_tpu.as_tiled(k, tiling),
         v=flash_tpu.as_tiled(v, tiling),
         k_scale=None,
@@ -41,7 +41,7 @@ def attention_tpu(
     out = flash_tpu.flash(
         start, num_new, None, x, tiling=tiling, scale=scale, window=window, softcap=softcap
     )
-    return flash_tpu.unfold(out, tokens + padding)[:, :tokens]
+    return flash.unfold(out, tokens + padding)[:, :tokens]
 
 
 def cut(q: tuple[int, ...], k: tuple[int, ...], window: int | None, blocks: TpuBlocks) -> Tiling:
@@ -51,5 +51,5 @@ def cut(q: tuple[int, ...], k: tuple[int, ...], window: int | None, blocks: TpuB
     tokens = min(max(blocks.query_rows // groups // 16 * 16, 16), -(-q[1] // 16) * 16)
     keys = flash_tpu.key_block(k[2], blocks.prefill_keys, window)
     count = k[2] // keys
-    steps = flash_tpu.steps_for(tokens, count, keys, window)
+    steps = flash.steps_for(tokens, count, keys, window)
     return Tiling(1, tokens, keys, count, steps, 1, flash_tpu.slots_along_lanes(q[3]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.cache_update.api import cache_update
 from pallas_kernels.case import MODELS, Args, Case, Model
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
 
 BATCH, CONTEXT = 8, 8192
@@ -45,7 +45,7 @@ def _case(name: str, model: Model, tokens: int, int8: bool = False) -> Case:
             "num_new": jnp.array([new, new // 2 + 1][:rows] if small else [new] * rows, jnp.int32),
         }
 
-    def run(args: Args, impl: Impl, blocks: TpuBlocks | None) -> Any:
+    def run(args: Args, impl: Impl, blocks: Blocks | None) -> Any:
         return cache_update(**args, impl=impl)
 
     def expected(args: Args) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.cached_attention.reference import cached_attention_reference
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl, UnsupportedError
 
 
@@ -30,7 +30,7 @@ def cached_attention(
     block_table: jax.Array | None = None,
     ancestors: jax.Array | None = None,
     impl: Impl = "auto",
-    blocks: TpuBlocks | None = None,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of T new tokens a row over a cache of S slots and each other.
 
@@ -125,4 +125,12 @@ def cached_attention(
             raise UnsupportedError("k, v: pallas_tpu reads them from the cache; use cache_update")
         return cached_attention_tpu(q, k_cache, v_cache, start, num_new, blocks=blocks, **options)
 
-    return dispatch.run("cached_attention", impl, {"xla": xla, "pallas_tpu": pallas_tpu})
+    def pallas_gpu() -> jax.Array:
+        from pallas_kernels.cached_attention.gpu import cached_attention_gpu
+
+        if k is not None:
+            raise UnsupportedError("k, v: pallas_gpu reads them from the cache; use cache_update")
+        return cached_attention_gpu(q, k_cache, v_cache, start, num_new, blocks=blocks, **options)
+
+    backends = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+    return dispatch.run("cached_attention", impl, backends)

@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels import oracle
 from pallas_kernels.cached_attention.api import cached_attention
 from pallas_kernels.case import MODELS, Args, Case, Model
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
 
 BATCH, CONTEXT, RING, PAGE = 8, 8192, 512, 128
@@ -94,7 +94,7 @@ def _case(
     def limit(args: Args) -> int | None:
         return None if window is None else min(window, 100) if args["k"].shape[2] == 256 else window
 
-    def run(args: Args, impl: Impl, blocks: TpuBlocks | None) -> jax.Array:
+    def run(args: Args, impl: Impl, blocks: Blocks | None) -> jax.Array:
         rest = {n: x for n, x in args.items() if n not in ("q", "k", "v", "start")}
         return cached_attention(
             args["q"], None, None, args["k"], args["v"], args["start"],

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import flash_tpu
-from pallas_kernels.chips import TpuBlocks, tpu_blocks
+from pallas_kernels import flash, flash_tpu
+from pallas_kernels.chips import Blocks, TpuBlocks, tpu_blocks
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.flash_tpu import Operands, Tiling, Tree
 
@@ -28,7 +28,7 @@ def cached_attention_tpu(
     scale: float,
     window: int | None,
     softcap: float | None,
-    blocks: TpuBlocks | None,
+    blocks: Blocks | None,
 ) -> jax.Array:  # [B,T,N,H]
     """See `cached_attention`; the new keys and values are in the cache already."""
     tokens, groups = q.shape[1], q.shape[2] // k_cache.shape[1]
@@ -42,7 +42,7 @@ def cached_attention_tpu(
     x = Operands(
         token=jnp.asarray(np.repeat(np.arange(tokens, dtype=np.int32), groups)[:, None]),
         tree=tree,
-        q=flash_tpu.fold(q, k_cache.shape[1]),
+        q=flash.fold(q, k_cache.shape[1]),
         k=flash_tpu.as_tiled(k_cache, tiling),
         v=flash_tpu.as_tiled(v_cache, tiling),
         k_scale=k_scale,
@@ -51,7 +51,7 @@ def cached_attention_tpu(
     out = flash_tpu.flash(
         start, num_new, block_table, x, tiling=tiling, scale=scale, window=window, softcap=softcap
     )
-    return flash_tpu.unfold(out, tokens)
+    return flash.unfold(out, tokens)
 
 
 def check_dtypes(q: jax.Array, k: jax.Array, k_scale: jax.Array | None) -> None:
@@ -84,7 +84,7 @@ def cut(
         keys, count = slots, block_table.shape[1]
         if keys % 32:
             raise UnsupportedError(f"pages of {keys} slots: pallas_tpu needs a multiple of 32")
-    steps = flash_tpu.steps_for(q[1], count, keys, window)
+    steps = flash.steps_for(q[1], count, keys, window)
     # Splitting pays where one chip's cores would else idle, and only then.
     splits = min(steps, -(-blocks.cores // (q[0] * (num_kv // heads))))
     lanes = flash_tpu.slots_along_lanes(head_dim)

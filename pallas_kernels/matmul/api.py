@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl, UnsupportedError
 from pallas_kernels.matmul.reference import matmul_reference
 
@@ -18,7 +18,7 @@ def matmul(
     *,
     zero: jax.Array | None = None,
     impl: Impl = "auto",
-    blocks: TpuBlocks | None = None,
+    blocks: Blocks | None = None,
 ) -> jax.Array:
     """x @ ((w - zero) * scale), with quantized weights that a pallas backend reads as they are.
 

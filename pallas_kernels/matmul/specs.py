@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.case import MODELS, Args, Case, Model
-from pallas_kernels.chips import TpuBlocks
+from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
 from pallas_kernels.matmul.api import matmul
 
@@ -56,7 +56,7 @@ def _case(name: str, rows: int, inputs: int, outputs: int, bits: int, group: int
             "scale": jax.random.uniform(keys[2], (groups, columns), minval=0.5, maxval=1.5),
         }
 
-    def run(args: Args, impl: Impl, blocks: TpuBlocks | None) -> jax.Array:
+    def run(args: Args, impl: Impl, blocks: Blocks | None) -> jax.Array:
         return matmul(**args, impl=impl, blocks=blocks)
 
     def expected(args: Args) -> np.ndarray:

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import TpuBlocks, tpu_blocks
+from pallas_kernels.chips import Blocks, tpu_blocks
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.flash_tpu import LANES, block_of
 
-ROWS = 256  # of x a program, half as many of float32: enough products a weight to hide its fetch
+ROWS = 256  # of x a program: enough products a weight to hide its fetch
 COLUMNS = 256  # outputs a program that takes all inputs, at least: a matrix unit's width
 WIDE = 2048  # outputs a program, at most: float32 sums of ROWS rows fill 2 MiB
+VMEM = 32 << 20  # bytes: half of what v5p has, the least of all; float32 products need much of it
 
 
 class Cut(NamedTuple):
@@ -44,7 +45,7 @@ def matmul_tpu(
     w: jax.Array,  # [I,O] int8, or [I/2,O] uint8
     scale: jax.Array,  # [I/g,O] float32
     zero: jax.Array | None,  # [I/g,O] float32
-    blocks: TpuBlocks | None,
+    blocks: Blocks | None,
 ) -> jax.Array:  # [M,O]
     """See `matmul`."""
     (num_rows, num_inputs), num_outputs = x.shape, w.shape[1]
@@ -77,7 +78,7 @@ def matmul_tpu(
         out_shape=jax.ShapeDtypeStruct((num_rows, num_outputs), x.dtype),
         scratch_shapes=[pltpu.VMEM((cut.rows, cut.outputs), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * x.size * num_outputs,
@@ -103,7 +104,7 @@ def cut_of(x: jax.Array, w: jax.Array, groups: int, weight_bytes: int) -> Cut:
         )
     weights = weight_bytes * num_inputs // len(w)  # numbers a block
     numbers = weight_bytes // x.dtype.itemsize  # of x, a block
-    rows, inputs = min(num_rows, ROWS * 2 // x.dtype.itemsize), num_inputs
+    rows, inputs = min(num_rows, ROWS), num_inputs
     if inputs * min(COLUMNS, num_outputs) > weights or inputs * rows > numbers:
         # x is cut at tiles of 128 inputs, scales at tiles of 8 groups. Every block of outputs then
         # fetches x again, so they are wide.
