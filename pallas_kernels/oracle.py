@@ -54,6 +54,15 @@ def dense(
     return np.stack([np.concatenate(list(numbers[pages]), axis=1) for pages in table])
 
 
+def matmul(
+    x: np.ndarray, w: np.ndarray, scale: np.ndarray, zero: np.ndarray | None = None
+) -> np.ndarray:
+    """[..,O] float64 of x [..,I], whole numbers w [I,O] and what stands for groups of inputs."""
+    group = np.arange(len(w)) // (len(w) // len(scale))
+    numbers = w - (0.0 if zero is None else zero.astype(np.float64)[group])
+    return np.asarray(x, np.float64) @ (numbers * scale.astype(np.float64)[group])
+
+
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """The greatest |got - want| over the greatest |want|; not a number counts as infinite."""
     error = np.abs(np.asarray(got, np.float64) - want).max(initial=0.0)

@@ -34,13 +34,6 @@ def pack(w):
     return ((w[0::2] & 15) | (w[1::2] & 15) << 4).astype(np.uint8)
 
 
-def exact(x, w, scale, zero=None):
-    """The definition in float64; w is [I,O] of any bits."""
-    group = np.arange(len(w)) // (len(w) // len(scale))
-    numbers = w - (0.0 if zero is None else zero.astype(np.float64)[group])
-    return np.asarray(x, np.float64) @ (numbers * scale.astype(np.float64)[group])
-
-
 def check(rows, inputs, outputs, bits, group=None, dtype="float32", zeros=False, impl="pallas_tpu"):
     """Random numbers of these shapes; rows may be a tuple."""
     rng = np.random.default_rng(inputs + outputs)
@@ -55,7 +48,7 @@ def check(rows, inputs, outputs, bits, group=None, dtype="float32", zeros=False,
         x, jnp.asarray(stored), jnp.asarray(scale), zero=on_device, impl=impl, blocks=BLOCKS
     )
     assert got.dtype == x.dtype
-    error = oracle.relative_error(np.asarray(got), exact(x, w, scale, zero))
+    error = oracle.relative_error(np.asarray(got), oracle.matmul(x, w, scale, zero))
     assert error <= BOUND[dtype]
     assert impl == "xla" or not interpreter.races.races_found
     return error
@@ -119,6 +112,15 @@ def test_every_int8_and_the_scale_of_its_own_group(impl, rows):
     np.testing.assert_array_equal(got, np.roll(w * scale.repeat(16, axis=0), -12, axis=0)[:rows])
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("dtype", "full"), [("float32", True), ("bfloat16", False)])
+def test_float32_is_multiplied_in_full(dtype, full, impl):
+    """A TPU rounds float32 factors to bfloat16 unless told otherwise; a CPU never does."""
+    w, scale = jnp.ones((128, 128), jnp.int8), jnp.ones((1, 128))
+    program = jax.make_jaxpr(lambda x: matmul(x, w, scale, impl=impl))(jnp.ones((8, 128), dtype))
+    assert ("HIGHEST" in str(program)) == full
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -156,7 +158,16 @@ def test_cut(rows, w, groups, cut):
     w = jax.ShapeDtypeStruct(*w)
     inputs = w.shape[0] * (2 if w.dtype == "uint8" else 1)
     x = jax.ShapeDtypeStruct((rows, inputs), "bfloat16")
-    assert cut_of(x, w, groups, 1 << 20) == cut
+    assert cut_of(x, w, groups, TPU["v5e"]) == cut
+
+
+def test_every_core_has_a_block_of_outputs():
+    """v5p has two; a width of one tile is not cut."""
+    x, w = jax.ShapeDtypeStruct((8, 4096), "bfloat16"), jax.ShapeDtypeStruct((2048, 1024), "uint8")
+    assert cut_of(x, w, 32, TPU["v5p"]) == Cut(8, 4096, 512)
+    assert cut_of(x, w, 32, TPU["v5p"]._replace(cores=1)) == Cut(8, 4096, 1024)
+    narrow = jax.ShapeDtypeStruct((4096, 192), "int8")
+    assert cut_of(x, narrow, 1, TPU["v5p"]) == Cut(8, 4096, 192)
 
 
 @pytest.mark.parametrize(

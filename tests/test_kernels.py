@@ -279,6 +279,23 @@ def test_cache_update_sets_its_slots_and_no_other_bit(case, dtype):
             np.testing.assert_array_equal(np.asarray(g, np.float32), cache)
 
 
+def test_float32_is_multiplied_in_full():
+    """A TPU rounds float32 factors to bfloat16 unless told otherwise; a CPU never does."""
+    q, cache = jnp.ones((1, 4, 4, 64)), jnp.ones((1, 2, 128, 64))
+    start, tree = jnp.zeros((1,), jnp.int32), jnp.asarray(TREE)
+    num_new, rows = start + 4, jnp.ones((1, 4, 2, 64))
+    for program in (
+        jax.make_jaxpr(lambda q: run(q, cache, cache, start, num_new, scale=1.0, ancestors=tree))(
+            q
+        ),
+        jax.make_jaxpr(lambda x: cache_update((x,), (rows,), start, num_new, impl="pallas_tpu"))(
+            cache
+        ),
+    ):
+        text = str(program)
+        assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST") > 0
+
+
 def test_reads_no_block_that_no_query_sees():
     """The blocks that a kernel fetches: of a window layer the window, not the context."""
     dense = Tiling(heads=1, tokens=8, keys=128, blocks=64, steps=64, splits=1, lanes=False)

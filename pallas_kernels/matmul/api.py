@@ -36,8 +36,9 @@ def matmul(
       blocks: instead of the chip's entry in `pallas_kernels.chips`.
 
     Returns:
-      [...,O] in the dtype of x, added up in float32. Both backends round (w - zero) * scale to the
-      dtype of x, but for a pallas backend that can, where it multiplies the sums instead.
+      [...,O] in the dtype of x, added up in float32. "xla" rounds (w - zero) * scale to the dtype
+      of x; "pallas_tpu" does so only where a group has no more inputs than x has rows, and else
+      multiplies the sums of whole numbers, which is more exact.
 
     Raises:
       UnsupportedError: shapes or dtypes that do not fit together, or that `impl` does not cover.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import oracle
 from pallas_kernels.case import MODELS, Args, Case, Model
 from pallas_kernels.chips import Blocks
 from pallas_kernels.dispatch import Impl
@@ -64,8 +65,7 @@ def _case(name: str, rows: int, inputs: int, outputs: int, bits: int, group: int
         if bits == 4:
             w = np.stack([w & 15, w >> 4], axis=1).reshape(inputs, -1)
             w = (w.astype(np.int64) ^ 8) - 8
-        scale = np.repeat(args["scale"].astype(np.float64), inputs // len(args["scale"]), axis=0)
-        return args["x"].astype(np.float64) @ (w * scale)
+        return oracle.matmul(args["x"], w, args["scale"])
 
     numbers = 2 * rows * (inputs + outputs) + 4 * outputs * (inputs // (group or inputs))
     return Case("matmul", name, draw, run, expected, 1e-2, numbers + inputs * outputs * bits // 8)

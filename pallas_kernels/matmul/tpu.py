@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import Blocks, tpu_blocks
+from pallas_kernels.chips import Blocks, TpuBlocks, tpu_blocks
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.flash_tpu import LANES, block_of
 
@@ -49,7 +49,7 @@ def matmul_tpu(
 ) -> jax.Array:  # [M,O]
     """See `matmul`."""
     (num_rows, num_inputs), num_outputs = x.shape, w.shape[1]
-    cut = cut_of(x, w, len(scale), tpu_blocks(blocks).weight_bytes)
+    cut = cut_of(x, w, len(scale), tpu_blocks(blocks))
     grid = (
         pl.cdiv(num_rows, cut.rows),
         pl.cdiv(num_outputs, cut.outputs),
@@ -91,7 +91,7 @@ def matmul_tpu(
     )(arrays)
 
 
-def cut_of(x: jax.Array, w: jax.Array, groups: int, weight_bytes: int) -> Cut:
+def cut_of(x: jax.Array, w: jax.Array, groups: int, blocks: TpuBlocks) -> Cut:
     """How a call is cut: a block of weights has about `weight_bytes` bytes, one of x no more."""
     (num_rows, num_inputs), num_outputs = x.shape, w.shape[1]
     if not num_rows:
@@ -102,8 +102,8 @@ def cut_of(x: jax.Array, w: jax.Array, groups: int, weight_bytes: int) -> Cut:
             f"scale [{groups},{num_outputs}] is one for {group} of {num_inputs} inputs: pallas_tpu"
             " takes one for a multiple of 8, or for all"
         )
-    weights = weight_bytes * num_inputs // len(w)  # numbers a block
-    numbers = weight_bytes // x.dtype.itemsize  # of x, a block
+    weights = blocks.weight_bytes * num_inputs // len(w)  # numbers a block
+    numbers = blocks.weight_bytes // x.dtype.itemsize  # of x, a block
     rows, inputs = min(num_rows, ROWS), num_inputs
     if inputs * min(COLUMNS, num_outputs) > weights or inputs * rows > numbers:
         # x is cut at tiles of 128 inputs, scales at tiles of 8 groups. Every block of outputs then
@@ -118,7 +118,8 @@ def cut_of(x: jax.Array, w: jax.Array, groups: int, weight_bytes: int) -> Cut:
             )
     rows = min(rows, max(numbers // inputs // 16 * 16, 16))
     outputs = min(max(weights // inputs // LANES * LANES, LANES), WIDE)
-    count = pl.cdiv(num_outputs, outputs)
+    # Cores share the blocks of outputs, so there are as many where they have a tile each.
+    count = max(pl.cdiv(num_outputs, outputs), min(blocks.cores, num_outputs // LANES))
     if count == 1:
         return Cut(rows, inputs, num_outputs)
     return Cut(rows, inputs, pl.cdiv(pl.cdiv(num_outputs, count), LANES) * LANES)
