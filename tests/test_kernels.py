@@ -284,14 +284,12 @@ def test_float32_is_multiplied_in_full():
     q, cache = jnp.ones((1, 4, 4, 64)), jnp.ones((1, 2, 128, 64))
     start, tree = jnp.zeros((1,), jnp.int32), jnp.asarray(TREE)
     num_new, rows = start + 4, jnp.ones((1, 4, 2, 64))
-    for program in (
-        jax.make_jaxpr(lambda q: run(q, cache, cache, start, num_new, scale=1.0, ancestors=tree))(
-            q
-        ),
-        jax.make_jaxpr(lambda x: cache_update((x,), (rows,), start, num_new, impl="pallas_tpu"))(
-            cache
-        ),
-    ):
+    calls = (
+        lambda x: run(q, x, x, start, num_new, scale=1.0, ancestors=tree),
+        lambda x: cache_update((x,), (rows,), start, num_new, impl="pallas_tpu"),
+    )
+    for call in calls:
+        program = jax.make_jaxpr(call)(cache)
         text = str(program)
         assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST") > 0
 
