@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from jax.sharding import Mesh
 from jaxinfer import cache, memory, sharding, steps
 from jaxinfer.attend import Kernels
 from jaxinfer.config import ModelConfig
-from jaxinfer.model import Params
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.model import Params, forward
 from jaxinfer.outputs import Stats, TokenLogprob
 from jaxinfer.requests import Request
 from jaxinfer.sampling import MAX_LOGPROBS, sampling_rows
@@ -24,7 +26,7 @@ from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter
 from jaxinfer.speculative.pace import new_pace
 from jaxinfer.speculative.speculation import Speculation
-from pallas_kernels import Impl
+from pallas_kernels import Impl, UnsupportedError
 
 
 class New(NamedTuple):
@@ -53,6 +55,26 @@ class Model:
     def kernels(self, exact: bool = False) -> Kernels:
         """How attention writes and reads a cache of this model."""
         return Kernels(self.impl, write_first=exact, mesh=self.mesh)
+
+    def check_kernels(self) -> None:
+        """Raise InvalidArgument where the kernels asked for do not cover this model."""
+        if self.impl in ("xla", "auto"):  # one covers everything, the other gives way to it
+            return
+        rows = self.mesh.shape["data"] if self.mesh else 1
+
+        def step(width: int) -> None:
+            held = cache.init_cache(
+                self.config, rows, cache.MAX_BLOCK, self.dtype, kernels=self.kernels()
+            )
+            num_new = jnp.full((rows,), width)
+            tokens = jnp.zeros((rows, width), jnp.int32)
+            forward(self.params, tokens, num_new, held, config=self.config)
+
+        try:
+            for width in (1, cache.MAX_BLOCK):
+                jax.eval_shape(partial(step, width))
+        except UnsupportedError as error:
+            raise InvalidArgument(f"kernels={self.impl!r}: {error}") from error
 
     def new_cache(self, batch: int, capacity: int, *, exact: bool = False) -> cache.KVCache:
         """An empty cache, refused with OutOfMemory where it cannot fit."""

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxinfer.attend import XLA, Kernels
 from jaxinfer.config import LayerConfig, ModelConfig
 
+TILE = 128  # slots that kernels take at a time: a ring has a multiple of it
 MAX_BLOCK = 512  # T, most tokens a row that one forward may feed where a layer has a window
 
 
@@ -78,7 +79,9 @@ class KVCache:
 
 def layer_slots(layer: LayerConfig, capacity: int) -> int:
     """S, slots of a layer in a cache for so many tokens."""
-    return capacity if layer.window is None else min(capacity, layer.window + MAX_BLOCK)
+    if layer.window is None:
+        return capacity
+    return min(capacity, -(-(layer.window + MAX_BLOCK) // TILE) * TILE)
 
 
 def cache_shapes(config: ModelConfig, batch: int, capacity: int) -> list[tuple[int, int, int, int]]:

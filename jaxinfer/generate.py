@@ -77,6 +77,7 @@ class LLM:
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
         self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit, kernels)
+        self.model.check_kernels()
         self.num_draft = num_draft
         self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         self.default_speculation = make_speculation(

@@ -41,8 +41,8 @@ def load(
       dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
         Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
-      kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": what is fastest on the
-        device and covers the model.
+      kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
+        covers the model, else XLA.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
       num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
       verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
@@ -63,6 +63,7 @@ def load(
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
+    impl = _kernels(kernels, mesh, exact)
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
     path = hub.resolve(str(name), cache=folder)
@@ -76,7 +77,7 @@ def load(
         checkpoint.tokenizer,
         dtype=kind,
         mesh=mesh,
-        kernels=_kernels(kernels, mesh),
+        kernels=impl,
         max_len=max_len,
         max_batch=max_batch,
         default_params=checkpoint.default_params,
@@ -92,16 +93,25 @@ def _platform(mesh: Mesh | None) -> str:
     return (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
 
 
-def _kernels(kernels: Impl, mesh: Mesh | None) -> Impl:
-    """What runs on these devices; XLA reads beside the cache, which is its fast way on CPU."""
+def _kernels(kernels: Impl, mesh: Mesh | None, exact: bool) -> Impl:
+    """What runs on these devices.
+
+    XLA can read new keys beside the cache, which is its fast way on CPU. The GPU kernels have not
+    been run on a card yet: who wants them asks for them.
+    """
     platform = _platform(mesh)
     if kernels == "auto":
-        return "xla" if platform == "cpu" else "auto"
+        return "auto" if platform == "tpu" else "xla"
     needs = {"xla": platform, "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
     if kernels not in needs:
         raise InvalidArgument(f"kernels={kernels!r:.40}: one of auto, {', '.join(needs)}")
     if needs[kernels] != platform:
         raise InvalidArgument(f"kernels={kernels!r} runs on a {needs[kernels]}, not on {platform}")
+    if exact and kernels == "pallas_gpu":
+        raise InvalidArgument(
+            "kernels='pallas_gpu' splits a row's keys by its length, so that exact=True would not"
+            " hold; kernels='xla' holds it"
+        )
     return kernels
 
 

@@ -47,6 +47,8 @@ class Case:
     bound: float  # of the error relative to the greatest number
     nbytes: int  # that must be read and written at the real shape
     donated: tuple[str, ...] = ()  # arguments that the results replace
+    covered: tuple[Impl, ...] = ("pallas_tpu", "pallas_gpu")  # by these; others may refuse
+    cache_bytes: Callable[[Blocks], int] | None = None  # copied from a full cache on a TPU
 
     def shapes(self) -> Args:
         """The arguments' shapes and dtypes; nothing is drawn."""

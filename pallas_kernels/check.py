@@ -10,7 +10,6 @@ Exit code 1 where a kernel falls short, 2 where the question makes no sense here
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -27,6 +26,7 @@ from pallas_kernels.attention import specs as attention
 from pallas_kernels.cache_update import specs as cache_update
 from pallas_kernels.cached_attention import specs as cached_attention
 from pallas_kernels.case import Args, Case, size_of
+from pallas_kernels.chips import TPU, Blocks
 from pallas_kernels.dispatch import Impl, UnsupportedError
 from pallas_kernels.matmul import specs as matmul
 
@@ -34,6 +34,7 @@ ROOMS = (attention, cached_attention, cache_update, matmul)
 COPY_SHARE = 0.85  # of a device's copy bandwidth, that cached attention reaches
 ENOUGH = 64 << 20  # bytes, for it to show
 CUDNN_SHARE = 0.9  # of the speed of cuDNN, that prefill reaches on a GPU
+SMALL = TPU["v5e"]._replace(kv_bytes=1, query_rows=32, prefill_keys=128)  # to interpret
 SPARE = 1.1  # a verify of 8 tokens may read so many times what a decode reads
 Row = dict[str, Any]
 
@@ -44,10 +45,10 @@ def all_cases(only: str = "") -> list[Case]:
     return [case for case in found if re.search(only, f"{case.op}, {case.name}")]
 
 
-def error_of(case: Case, impl: Impl) -> float:
+def error_of(case: Case, impl: Impl, blocks: Blocks | None = None) -> float:
     """Greatest error against float64, relative to the greatest number; at a shape cut down."""
     args = _drawn(case, True)
-    return _distance(_run(case, impl, args), case.oracle(jax.tree.map(_numpy, args)))
+    return _distance(_run(case, impl, args, blocks), case.oracle(jax.tree.map(_numpy, args)))
 
 
 def difference_to_xla(case: Case, impl: Impl) -> float:
@@ -60,8 +61,8 @@ def _drawn(case: Case, small: bool) -> Args:
     return args
 
 
-def _run(case: Case, impl: Impl, args: Args) -> Any:
-    return jax.jit(lambda args: case.run(args, impl, None))(args)
+def _run(case: Case, impl: Impl, args: Args, blocks: Blocks | None = None) -> Any:
+    return jax.jit(lambda args: case.run(args, impl, blocks))(args)
 
 
 def _numpy(x: jax.Array) -> np.ndarray:
@@ -78,9 +79,13 @@ def judge_here(case: Case, chips: list[str]) -> Row:
     from jax.experimental.pallas import tpu as pltpu
 
     row: Row = {"op": case.op, "shape": case.name, "ok": True}
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-        row["error"] = error_of(case, "pallas_tpu")
-    row["ok"] = row["error"] <= case.bound
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+            row["error"] = error_of(case, "pallas_tpu", SMALL)
+        row["ok"] = row["error"] <= case.bound
+    except Exception as problem:  # whatever it says: it goes into the table
+        pltpu.reset_tpu_interpret_mode_state()
+        row |= {"ok": False, "note": _line(problem)}
     # A cache or a matrix that is copied or widened in front of the kernel would show; the queries
     # are, and lanes are padded.
     shapes = case.shapes()
@@ -88,12 +93,14 @@ def judge_here(case: Case, chips: list[str]) -> Row:
     for chip in chips:
         try:
             done = tpu_aot.compile_case(case, chip)
-        except Exception as problem:  # whatever a compiler says: it goes into the table
-            row[chip], row["ok"] = f"{type(problem).__name__}: {problem}".splitlines()[0], False
+        except Exception as problem:
+            row |= {chip: _line(problem), "ok": False}
             continue
-        row[chip], row["accessed"] = "ok", done.accessed
+        row[chip] = "ok"
         if done.temporaries > spare:
-            row[chip], row["ok"] = f"{done.temporaries / 1e6:.0f} MB of temporaries", False
+            row |= {chip: f"{done.temporaries / 1e6:.0f} MB of temporaries", "ok": False}
+    if case.cache_bytes is not None:
+        row["cache bytes"] = {chip: case.cache_bytes(TPU[chip]) for chip in TPU}
     return row
 
 
@@ -102,35 +109,40 @@ def judge_on_device(case: Case, impl: Impl, copy: float) -> Row:
     row: Row = {"op": case.op, "shape": case.name, "ok": True}
     try:
         row["error"] = error_of(case, impl)
+        row["to xla"] = difference_to_xla(case, impl)
         seconds = timing.seconds_of(case, impl)
     except UnsupportedError as reason:
-        return row | {"note": str(reason)}
+        return row | {"ok": impl not in case.covered, "note": str(reason)}
     except Exception as problem:
-        return row | {"ok": False, "note": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+        return row | {"ok": False, "note": _line(problem)}
     share = case.nbytes / seconds / copy
     row |= {"ms": 1e3 * seconds, "GB/s": case.nbytes / seconds / 1e9, "of copy": share}
-    with contextlib.suppress(Exception):  # the reference may not fit
-        row["to xla"] = difference_to_xla(case, impl)
-        row["xla ms"] = 1e3 * timing.seconds_of(case, "xla")
-    row["ok"] = max(row["error"], row.get("to xla", 0.0) / 2) <= case.bound
-    if case.op == "cached_attention" and case.nbytes > ENOUGH:
+    row["xla ms"] = 1e3 * timing.seconds_of(case, "xla")
+    row["ok"] = max(row["error"], row["to xla"] / 2) <= case.bound
+    barred = case.name.startswith("llama-3-8b") and impl == "pallas_gpu"
+    if case.op == "cached_attention" and barred and case.nbytes > ENOUGH:
         row["ok"] &= share >= COPY_SHARE
     if case.op == "attention" and impl == "pallas_gpu":
-        with contextlib.suppress(Exception):  # cuDNN may not cover it
+        try:
             row["of cudnn"] = timing.cudnn_seconds(case) / seconds
-            row["ok"] &= row["of cudnn"] >= CUDNN_SHARE
+            row["ok"] &= row["of cudnn"] >= CUDNN_SHARE or not barred
+        except Exception as problem:  # it does not cover every shape
+            row["note"] = f"cuDNN: {_line(problem)}"
     return row
 
 
+def _line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
 def verify_ratios(rows: list[Row]) -> Iterator[tuple[str, float]]:
-    """For each shape, bytes of a verify of 8 tokens over those of a decode, by the compiler."""
-    read = {
-        r["shape"]: r["accessed"] for r in rows if r["op"] == "cached_attention" and "accessed" in r
-    }
-    for shape, accessed in read.items():
-        one = shape.replace("T=8", "T=1")
-        if one != shape and one in read:
-            yield shape, accessed / read[one]
+    """For each shape, what a verify of 8 tokens reads of the cache over what a decode reads; the
+    chip of the greatest ratio counts."""
+    read = {row["shape"]: row["cache bytes"] for row in rows if "cache bytes" in row}
+    for shape, verify in read.items():
+        one = read.get(shape.replace("T=8", "T=1"), verify)
+        if one is not verify:
+            yield shape, max(verify[chip] / one[chip] for chip in verify)
 
 
 def table(rows: list[Row]) -> str:
@@ -138,8 +150,8 @@ def table(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "ok"))
 
     def text(name: str, value: Any) -> str:
-        if name == "accessed":
-            return f"{value / 1e6:.1f} MB"
+        if name == "cache bytes":
+            return " ".join(f"{size / 1e6:.1f} MB" for size in value.values())
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     cells = [[text(c, row[c]) if c in row else "" for c in columns] for row in rows]
@@ -161,7 +173,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--only", default="", help="regular expression on 'op, shape'")
     asked = parser.parse_args(argv)
-    cases = all_cases(asked.only)
+    try:
+        cases = all_cases(asked.only)
+    except re.error as error:
+        print(f"--only={asked.only}: {error}", file=sys.stderr)
+        return 2
     if not cases:
         print(f"--only={asked.only}: no shape is called so", file=sys.stderr)
         return 2
@@ -187,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     ratios = dict(verify_ratios(rows))
     good = all(row["ok"] for row in rows) and all(r <= SPARE for r in ratios.values())
     if asked.json:
-        print(json.dumps(result | {"rows": rows, "verify_over_decode": ratios, "ok": good}))
+        finite = [{n: None if x == float("inf") else x for n, x in row.items()} for row in rows]
+        print(json.dumps(result | {"rows": finite, "verify_over_decode": ratios, "ok": good}))
     else:
         print(*(f"{name}: {value}" for name, value in result.items()), sep="\n")
         if not asked.device and not chips:

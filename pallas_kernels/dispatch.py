@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 Impl = Literal["auto", "xla", "pallas_tpu", "pallas_gpu"]
@@ -42,6 +43,13 @@ def run(op: str, impl: Impl, backends: Mapping[str, Callable[[], T]]) -> T:
             raise
         _say_once(f"{op}: xla instead of {best}: {reason}")
         return backends["xla"]()
+
+
+def check_integers(**arrays: jax.Array | None) -> None:
+    """Refuse indices and lengths that are no integers."""
+    for name, given in arrays.items():
+        if given is not None and not jnp.issubdtype(given.dtype, jnp.integer):
+            raise UnsupportedError(f"{name} is {given.dtype}: it must be an integer type")
 
 
 @functools.cache

@@ -182,6 +182,7 @@ def attend(
     ring: Ring,
     span: Span,
     *,
+    seen_first: Any,
     held: Any,
     visible: Callable[[jax.Array], jax.Array],
     cleaner: Any,
@@ -195,6 +196,7 @@ def attend(
     Args:
       q: ref [ROWS,H] in shared memory.
       ring, span: the same for every reader of the program.
+      seen_first: position of the first key that any query of the program sees.
       held: how many positions hold a token.
       visible: which keys [ROWS,keys] each query sees, by position; not asked where it sees all.
       cleaner: true for one reader.
@@ -228,11 +230,11 @@ def attend(
             v, weight = widened(v, ring.wide), weight.astype(jnp.bfloat16)
         elif masked:
 
-            @pl.when((i + 1) * keys > held)
+            @pl.when(((i + 1) * keys > held) | (i * keys < seen_first))
             def _() -> None:
                 @pl.when(cleaner)
                 def _() -> None:
-                    zero_rows(v, held - i * keys)
+                    zero_rows(v, seen_first - i * keys, held - i * keys)
                     plgpu.barrier_arrive(ring.zeroed)
 
                 plgpu.barrier_wait(ring.zeroed)
@@ -316,13 +318,14 @@ def mean(sums: Sums) -> jax.Array:
     return sums.acc * across(share, sums.acc)
 
 
-def zero_rows(v: Any, keep: jax.Array) -> None:
-    """Zero all rows of a ref [keys,H] in shared memory but the first `keep`.
+def zero_rows(v: Any, first: jax.Array, last: jax.Array) -> None:
+    """Zero all rows of a ref [keys,H] in shared memory but first..last-1.
 
-    Slots without a token may hold anything, and 0 * NaN is NaN.
+    Slots that no query sees may hold anything, and 0 * NaN is NaN.
     """
     for at, left in itertools.product(*(range(0, size, ROWS) for size in v.shape)):
         part = v.at[pl.ds(at, ROWS), pl.ds(left, ROWS)]  # few registers at a time
         row = at + lax.iota(jnp.int32, ROWS)
-        part[...] = jnp.where(across(row, part) < keep, part[...], 0)
+        kept = (across(row, part) >= first) & (across(row, part) < last)
+        part[...] = jnp.where(kept, part[...], 0)
     plgpu.commit_smem()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -89,6 +90,44 @@ def visited(
     return first, jnp.where(begin < last, count, 0)
 
 
+def share_of(
+    start: Any, num_new: Any, block: Any, split: Any, tiling: Tiling, window: int | None
+) -> tuple[Any, Any]:
+    """First key block of a split's share, and how many: every `splits`-th from there; scalars.
+
+    Which split a key belongs to depends on its position alone, so that the sums of a query are the
+    same bits whatever comes with it.
+    """
+    first, count = visited(start, num_new, block, tiling, window)
+    skip = (split - first) % tiling.splits
+    return first + skip, jnp.maximum((count - skip + tiling.splits - 1) // tiling.splits, 0)
+
+
+def block_of_step(
+    start: Any, num_new: Any, block: Any, split: Any, step: Any, tiling: Tiling, window: int | None
+) -> Any:
+    """The key block, by slot, that lies in VMEM at a step: its own, or the share's last one."""
+    first, count = share_of(start, num_new, block, split, tiling, window)
+    at = jnp.minimum(step, jnp.maximum(count - 1, 0))
+    return (first + at * tiling.splits) % tiling.blocks
+
+
+def blocks_fetched(
+    start: jax.Array,
+    num_new: jax.Array,
+    programs: tuple[int, int],
+    tiling: Tiling,
+    window: int | None,
+) -> int:
+    """Key blocks that a call copies into VMEM, by walking its grid; `programs` are those of a row,
+    over heads and over query blocks. What stands still from one step to the next is not copied."""
+    sizes = (len(start), *programs, tiling.splits, tiling.steps)
+    b, h, i, s, j = np.indices(sizes).reshape(5, -1)
+    block = block_of_step(start[b], num_new[b], i, s, j, tiling, window)
+    index = np.stack([b, h, np.asarray(block)])
+    return 1 + int(np.count_nonzero((index[:, 1:] != index[:, :-1]).any(axis=0)))
+
+
 def flash(
     start: jax.Array,  # [B] int32
     num_new: jax.Array,  # [B] int32
@@ -115,11 +154,8 @@ def flash(
         return 0, 0
 
     def keys(b: Any, h: Any, i: Any, s: Any, j: Any, *refs: Any) -> tuple[Any, ...]:
-        """Row or page, heads, slots of the block of this step, or of the last one it needs."""
-        first, count = visited(refs[0][b], refs[1][b], i, tiling, window)
-        share = (count + tiling.splits - 1) // tiling.splits
-        at = jnp.minimum(s * share + jnp.minimum(j, jnp.maximum(share - 1, 0)), count - 1)
-        block = (first + jnp.maximum(at, 0)) % tiling.blocks
+        """Row or page, heads and slots of a step's block."""
+        block = block_of_step(refs[0][b], refs[1][b], i, s, j, tiling, window)
         return (b, h, block) if table is None else (refs[2][b, block], h, 0)
 
     def keys_4d(*args: Any) -> tuple[Any, ...]:
@@ -206,9 +242,7 @@ def _program(
     x, *out, sums = refs[num_prefetch:]  # one result, or the Sums of a split
     b, i, s, j = (pl.program_id(n) for n in (0, 2, 3, 4))
     start, num_new = start_ref[b], num_ref[b]
-    first, count = visited(start, num_new, i, tiling, window)
-    share = (count + tiling.splits - 1) // tiling.splits
-    at = s * share + j
+    first, count = share_of(start, num_new, i, s, tiling, window)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -216,15 +250,17 @@ def _program(
         sums.top[...] = jnp.full(sums.top.shape, -jnp.inf)
         sums.total[...] = jnp.zeros(sums.total.shape, jnp.float32)
 
-    @pl.when((j < share) & (at < count))
+    @pl.when(j < count)
     def _() -> None:
-        begin = (first + at) * tiling.keys  # position of the block's first slot
+        begin = (first + j * tiling.splits) * tiling.keys  # position of the block's first slot
         key = begin + jax.lax.broadcasted_iota(jnp.int32, (1, tiling.keys), 1)
         visible = _visible(x, key, start, num_new, i * tiling.tokens, window)  # [R,keys]
-        # Slots without a token may hold anything, and 0 * NaN is NaN.
+        # Slots that no query sees may hold anything, and 0 * NaN is NaN.
         slot_shape, axis = ((1, tiling.keys), 1) if tiling.lanes else ((tiling.keys, 1), 0)
         slot = begin + jax.lax.broadcasted_iota(jnp.int32, slot_shape, axis)
         held = slot < start + num_new
+        if window is not None:
+            held &= slot > start + i * tiling.tokens - window
         for n in range(tiling.heads):
             q, k = x.q[0, n], x.k[0, n].astype(x.q.dtype)
             score = _dot(q, k, ((1,), (0 if tiling.lanes else 1,))) * scale  # [R,keys]
@@ -240,7 +276,7 @@ def _program(
             sums.top[n] = top
             sums.total[n] = fade * sums.total[n] + jnp.sum(weight, axis=1, keepdims=True)
             if x.v_scale is not None:
-                weight *= jnp.where(key < start + num_new, x.v_scale[0, n : n + 1], 0.0)
+                weight *= jnp.where(visible, x.v_scale[0, n : n + 1], 0.0)
             v = jnp.where(held, x.v[0, n].astype(jnp.float32), 0.0).astype(q.dtype)
             sums.acc[n] = fade * sums.acc[n] + _dot(weight.astype(q.dtype), v, ((1,), (axis,)))
 

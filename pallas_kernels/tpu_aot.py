@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -33,7 +32,6 @@ class Compiled(NamedTuple):
     seconds: float
     arguments: int
     temporaries: int
-    accessed: int  # by the kernel, with a full cache; copies around it would be temporaries
 
 
 @functools.cache
@@ -58,13 +56,11 @@ def compile_case(case: Case, chip: str) -> Compiled:
     # Pallas asks the mesh, not the default device, which chip it compiles for.
     with jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh):
         compiled = step.lower(donated, others).compile()
-    text = compiled.as_text() or ""
-    if "tpu_custom_call" not in text:
+    if "tpu_custom_call" not in (compiled.as_text() or ""):
         raise RuntimeError("compiled without the kernel")
     memory: Any = compiled.memory_analysis()
     return Compiled(
         time.perf_counter() - begin,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        sum(map(int, re.findall(r'"bytes_accessed":"(\d+)"', text))),
     )

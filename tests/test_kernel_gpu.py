@@ -202,14 +202,17 @@ def test_compiles_for_an_h100_without_one(name):
 # Numerics
 
 
-def case(shape, num_kv, slots, start, num_new, *, int8=False, page=None, tree=None, seed=0):
-    """Arguments of an op, NaN where slots hold nothing, and what the oracle wants of them."""
-    rng = np.random.default_rng(seed)
+def case(shape, num_kv, slots, start, num_new, *, int8=False, page=None, tree=None, window=None):
+    """Arguments of an op, NaN where slots hold nothing or what is behind every window, and what the
+    oracle wants of them."""
+    rng = np.random.default_rng(0)
     batch, _, _, head_dim = shape
     q = rng.standard_normal(shape).astype(jnp.bfloat16)
     k, v = rng.standard_normal((2, batch, num_kv, slots, head_dim)).astype(jnp.bfloat16)
     start, num_new = np.array(start, np.int32), np.array(num_new, np.int32)
-    empty = np.arange(slots) >= (start + num_new)[:, None]  # [B,S]
+    last = (start + num_new)[:, None] - 1
+    position = last - (last - np.arange(slots)) % slots  # [B,S], the latest of each slot
+    empty = position < (0 if window is None else np.maximum(start - window + 1, 0)[:, None])
     extra: dict[str, np.ndarray] = {}
     if int8:
         k, v = rng.integers(-127, 128, (2, *k.shape), dtype=np.int8)
@@ -239,7 +242,8 @@ def case(shape, num_kv, slots, start, num_new, *, int8=False, page=None, tree=No
 
 
 def error(op, given, shape, num_kv, slots, start, num_new, **kind) -> float:
-    args, extra, dense = case(shape, num_kv, slots, start, num_new, **kind)
+    window = given.get("window")
+    args, extra, dense = case(shape, num_kv, slots, start, num_new, window=window, **kind)
     out = np.asarray(
         op(*map(jnp.asarray, args), **{n: jnp.asarray(x) for n, x in extra.items()}, **given),
         np.float64,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import UnsupportedError, attention, cache_update, cached_attention, oracle
+from pallas_kernels.cached_attention.tpu import cache_bytes
 from pallas_kernels.chips import TPU
 from pallas_kernels.flash_tpu import Tiling, visited
 
@@ -229,6 +230,11 @@ def test_any_shape(data):
 
 
 UPDATE = {
+    "ends in the block it began in": {"start": [3, 127], "num_new": [256, 130], "tokens": 256}
+    | {"slots": 256},
+    "idle rows first and last": {"start": [7, 9, 250], "num_new": [0, 4, 0], "tokens": 4}
+    | {"slots": 256},
+    "nothing new": {"start": [7, 9], "num_new": [0, 0], "tokens": 4, "slots": 256},
     "a token a row": {"start": [0, 15, 127], "num_new": [1, 1, 0], "tokens": 1, "slots": 128},
     "ragged": {"start": [0, 15, 120], "num_new": [8, 3, 8], "tokens": 8, "slots": 128},
     "wraps around": {"start": [1021, 126], "num_new": [8, 5], "tokens": 8, "slots": 128},
@@ -279,6 +285,66 @@ def test_cache_update_sets_its_slots_and_no_other_bit(case, dtype):
             np.testing.assert_array_equal(np.asarray(g, np.float32), cache)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_any_update(data):
+    """Against the scatter, which the test before holds to its meaning."""
+    draw = data.draw
+    slots = draw(st.sampled_from([40, 128, 256, 384]))
+    tokens = draw(st.integers(1, slots))
+    rng = np.random.default_rng(0)
+    kind, width = draw(st.sampled_from(["float32", "bfloat16"])), draw(st.sampled_from([64, 128]))
+    caches = (jnp.asarray(rng.normal(size=(3, 2, slots, width)), kind),)
+    new = (jnp.asarray(rng.normal(size=(3, tokens, 2, width)), kind),)
+    start = jnp.array([draw(st.integers(0, 3 * slots)) for _ in range(3)], jnp.int32)
+    num_new = jnp.array([draw(st.integers(0, tokens)) for _ in range(3)], jnp.int32)
+    got, want = (
+        cache_update(caches, new, start, num_new, impl=impl)[0] for impl in ("pallas_tpu", "xla")
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_an_idle_row_may_share_the_page_that_another_writes(idle):
+    start, num_new = jnp.array([3, 3]), jnp.array([1, 1]).at[idle].set(0)
+    pages, new = jnp.zeros((2, 1, 64, 128)), jnp.ones((2, 1, 1, 128))
+    table = jnp.zeros((2, 1), jnp.int32)
+    (got,) = cache_update((pages,), (new,), start, num_new, block_table=table, impl="pallas_tpu")
+    assert float(got.sum()) == 128
+
+
+def test_a_ring_may_hold_anything_behind_the_window():
+    options = {"scale": 0.1, "window": 100}
+    q, k, v, start, num_new = problem(
+        start=[1000, 513], num_new=[4, 4], tokens=4, heads=4, kv=2, slots=256, width=64
+    )
+    want = np.asarray(run(q, k, v, start, num_new, **options))
+    for b, s in enumerate((1000, 513)):
+        k, v = (x.at[b, :, np.arange(s - 240, s - 99) % 256].set(np.nan) for x in (k, v))
+    np.testing.assert_array_equal(run(q, k, v, start, num_new, **options), want)
+    many = jnp.repeat(q, 10, axis=1)[:, :36]
+    more = attention(many, k, v, start, num_new, impl="pallas_tpu", blocks=BLOCKS, **options)
+    assert np.isfinite(np.asarray(more)).all()
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_a_token_has_the_same_bits_whatever_comes_with_it(cores):
+    """Exact mode: the query at one position, fed alone and behind others, over a block's edge."""
+    blocks = BLOCKS._replace(cores=cores)
+    q, k, v, _, _ = problem(
+        start=[380], num_new=[4], tokens=8, heads=4, kv=1, slots=384, width=64, poison=0.5
+    )
+    for position in (255, 256):
+        rows = []
+        for ahead in (0, 1, 7):  # how many tokens of the call come before it
+            shifted = jnp.roll(q, ahead, axis=1)
+            start, num = jnp.array([position - ahead]), jnp.array([ahead + 1])
+            got = run(shifted, k, v, start, num, scale=0.1, blocks=blocks)
+            rows.append(np.asarray(got)[0, ahead])
+        for row in rows[1:]:
+            np.testing.assert_array_equal(row, rows[0])
+
+
 def test_float32_is_multiplied_in_full():
     """A TPU rounds float32 factors to bfloat16 unless told otherwise; a CPU never does."""
     q, cache = jnp.ones((1, 4, 4, 64)), jnp.ones((1, 2, 128, 64))
@@ -295,12 +361,22 @@ def test_float32_is_multiplied_in_full():
 
 
 def test_reads_no_block_that_no_query_sees():
-    """The blocks that a kernel fetches: of a window layer the window, not the context."""
-    dense = Tiling(heads=1, tokens=8, keys=128, blocks=64, steps=64, splits=1, lanes=False)
-    assert visited(1000, 8, 0, dense, None) == (0, 8)
-    first, count = visited(5000, 8, 0, dense, 512)
-    assert (first, count) == ((5000 - 511) // 128, 5)
-    assert visited(0, 0, 0, dense, None)[1] == 0
+    """What a call copies from the cache, by its own index map over its grid."""
+    shape = jax.ShapeDtypeStruct
+    cache, start = shape((2, 8, 8192, 128), jnp.bfloat16), jnp.array([5000, 8000])
+    slot = 2 * 8 * 128 * 2  # bytes of the keys and values of a position
+
+    def read(tokens, window=None, cores=1, start=start):
+        q, num_new = shape((2, tokens, 32, 128), jnp.bfloat16), jnp.full((2,), tokens)
+        blocks = TPU["v6e"]._replace(cores=cores)
+        return cache_bytes(q, cache, start, num_new, window=window, blocks=blocks)
+
+    for cores in (1, 4):
+        assert 13000 * slot <= read(1, cores=cores) <= (13000 + 2 * 512) * slot
+        assert read(8, cores=cores) <= 1.1 * read(1, cores=cores)
+    assert 2 * 1024 * slot <= read(1, window=1024) <= 2 * (1024 + 2 * 256) * slot
+    assert read(8, window=1024) <= 1.1 * read(1, window=1024)
+    assert read(1, start=jnp.array([0, 0])) <= 2 * 512 * slot
     long = Tiling(heads=1, tokens=128, keys=128, blocks=16, steps=16, splits=1, lanes=False)
     assert [int(visited(0, 300, i, long, None)[1]) for i in range(4)] == [1, 2, 3, 0]
 
@@ -321,6 +397,7 @@ GOOD = {"q": (2, 4, 4, 64), "k_cache": (2, 2, 256, 64)}
         ({"num_new": (3,)}, "num_new"),
         ({"ancestors": (3, 4)}, "ancestors"),
         ({"cache_dtype": "int8"}, "scales"),
+        ({"q": (2, 0, 4, 64)}, "no axis may be empty"),
     ],
 )
 def test_refusals_name_the_argument(change, names):

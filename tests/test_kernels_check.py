@@ -48,7 +48,7 @@ def test_fails_where_a_kernel_falls_short(capsys, monkeypatch):
 
 def test_a_verify_may_not_read_the_cache_twice():
     rows = [
-        {"op": "cached_attention", "shape": f"m, T={t}", "accessed": read}
+        {"shape": f"m, T={t}", "cache bytes": {"v5e": read, "v6e": 100}}
         for t, read in ((1, 100), (8, 200))
     ]
     assert list(check.verify_ratios(rows)) == [("m, T=8", 2.0)]

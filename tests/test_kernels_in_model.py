@@ -56,9 +56,12 @@ def test_exact_mode_holds_for_kernels(interpreted):
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma-3-270m"])
 def test_real_models(interpreted, name):
     llm = jaxinfer.load(name)
-    want = llm.generate("The capital of France is", max_tokens=2, temperature=0)
+    prompt = (
+        "The capital of Italy is Rome. " * 6 + "The capital of France is"
+    )  # more than 32 tokens
+    want = llm.generate(prompt, max_tokens=2, temperature=0)
     llm.model = dataclasses.replace(llm.model, impl="pallas_tpu")
-    got = llm.generate("The capital of France is", max_tokens=2, temperature=0)
+    got = llm.generate(prompt, max_tokens=2, temperature=0)
     assert got.token_ids == want.token_ids
     assert len(got.token_ids) == 2
 
@@ -94,8 +97,13 @@ def test_on_a_mesh_a_kernel_sees_its_own_heads_and_rows():
 
 
 def test_a_kernel_of_another_platform_is_refused():
-    assert _kernels("auto", None) == "xla"  # here, on CPU
+    assert _kernels("auto", None, False) == "xla"  # here, on CPU
     with pytest.raises(InvalidArgument, match="runs on a tpu, not on cpu"):
         jaxinfer.load(kernels="pallas_tpu")
     with pytest.raises(InvalidArgument, match="one of auto, xla"):
         jaxinfer.load(kernels="cuda")
+
+
+def test_kernels_that_do_not_cover_a_model_are_refused_at_once():
+    with pytest.raises(InvalidArgument, match=r"kernels='pallas_tpu': H=8: pallas_tpu takes 64"):
+        tiny_llm(kernels="pallas_tpu")

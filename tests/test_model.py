@@ -122,6 +122,7 @@ def test_a_ring_keeps_its_window_however_much_is_refused(monkeypatch):
     tokens = jax.random.randint(jax.random.key(6), (2, length), 0, config.vocab_size)
     whole, _ = run(config, params, tokens, [length], capacity=length)  # nothing is overwritten
     monkeypatch.setattr(cache_module, "MAX_BLOCK", block)
+    monkeypatch.setattr(cache_module, "TILE", 1)
     cache = init_cache(config, 2, length, jnp.float32)
     assert cache.layers[0].k.shape[2] == window + block
     at = 0

@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, drafter, ids
 
 from jaxinfer import steps
 from jaxinfer.config import LayerConfig, Rope
-from jaxinfer.drafters import self_drafter
-from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.speculative.costs import Costs
-from jaxinfer.speculative.drafter import Draft, Drafter, static
-from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
-from jaxinfer.speculative.vocab import map_vocabularies
-from jaxinfer.testing import tiny_llm, tiny_tokenizer
-
-PROMPTS = [
-    "abcabcabc",
-    "hello, hello",
-    "x",
-    "to be or not to be, that is",
-    "zz",
-    "a1b2a1b2",
-    "q",
-    "~~~~",
-]
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-WARM = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.9, top_p=0.9, seed=5)
-
-
-class LastToken(Drafter, kw_only=True):
-    """Offers the last token again and again."""
-
-    num_draft: int = static(3)
-
-    def propose(self, state, context, rows, want, keys):
-        """The last token, as often as wanted."""
-        last = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)
-        return Draft(jnp.repeat(last, self.max_draft, axis=1), want), state
+from jaxinfer.testing import tiny_llm
 
 
 @pytest.fixture(scope="module")
 def llm():
     return tiny_llm()
-
-
-def drafter(name, llm, num_draft):
-    other = tiny_llm(seed=4)
-    model = llm.speculation(other).drafter
-    found = {
-        "ngram": NGramDrafter(min_ngram=1),
-        "user": LastToken(),
-        "same": llm.speculation(llm).drafter,
-        "other": model,
-        "self": self_drafter(llm.model, layers=(0,)),
-        "fallback": FallbackDrafter(first=NGramDrafter(), second=model),
-    }[name]
-    return found.replace(num_draft=num_draft)
-
-
-NAMES = ["ngram", "user", "same", "other", "self", "fallback"]
-
-
-def ids(outputs):
-    return [o.token_ids for o in outputs]
 
 
 @pytest.mark.parametrize(
@@ -119,30 +66,19 @@ def test_greedy_text_is_the_same_in_the_default_mode(llm, name, verifier):
         assert s.draft_seconds + s.verify_seconds == pytest.approx(s.decode_seconds)
 
 
-def test_a_drafter_that_is_the_target_is_always_right(llm):
-    """Off by one in the drafter's cache, and the token behind a full acceptance would be wrong."""
-    for verifier in ("exact", "rejection", "block"):
-        for params in (GREEDY, WARM):
-            found = drafter("same", llm, 4)
-            out = llm.generate("abcab", params, drafter=found, verifier=verifier)
-            s = out.stats
-            assert s.accepted == s.drafted > 20, (verifier, s)
-
-
 def test_end_tokens_inside_an_accepted_block(llm):
-    free = llm.generate("abcabcabc", GREEDY).token_ids
-    for at in (4, 9, 10, 11, 17):
-        end = free[at]
-        first = free.index(end)
+    """Rounds of six: the end is their first token, in the middle, the last draft, or behind it."""
+    free = llm.generate("abcabcabc", WARM).token_ids
+    for at in (0, 1, 4, 5, 14):
+        end = {"stop_token_ids": [free[at]]}
+        assert free.index(free[at]) == at
+        held = llm.generate("abcabcabc", WARM, min_tokens=at + 3, **end)
         for name in ("same", "ngram"):
-            found = drafter(name, llm, 5)
-            out = llm.generate("abcabcabc", GREEDY, stop_token_ids=[end], drafter=found)
-            assert (out.token_ids, out.finish_reason) == (free[: first + 1], "stop")
-            held = llm.generate(
-                "abcabcabc", GREEDY, stop_token_ids=[end], min_tokens=first + 3, drafter=found
-            )
-            plain = llm.generate("abcabcabc", GREEDY, stop_token_ids=[end], min_tokens=first + 3)
-            assert held.token_ids == plain.token_ids
+            how = {**end, "drafter": drafter(name, llm, 5), "verifier": "exact"}
+            out = llm.generate("abcabcabc", WARM, **how)
+            assert (out.token_ids, out.finish_reason) == (free[: at + 1], "stop")
+            out = llm.generate("abcabcabc", WARM, min_tokens=at + 3, **how)
+            assert out.token_ids == held.token_ids
     for count in range(1, 12):
         out = llm.generate("abc", GREEDY, max_tokens=count, drafter=drafter("same", llm, 5))
         assert len(out.token_ids) == count
@@ -189,25 +125,6 @@ def test_window_layers_under_speculation():
         assert ids(llm.generate(PROMPTS, params, drafter=drafter(name, llm, 5))) == want
 
 
-def test_another_vocabulary(llm):
-    """Characters 33 .. 33+47 of 64: the drafter can say a part, and is spelled the rest."""
-    other = tiny_llm(vocab_size=48, seed=2)
-    found = llm.speculation(other, num_draft=4).drafter
-    want = llm.generate(PROMPTS, WARM, exact=True)
-    assert ids(llm.generate(PROMPTS, WARM, exact=True, drafter=found)) == ids(want)
-    out = llm.generate(PROMPTS, GREEDY, drafter=found, verifier="block")
-    assert ids(out) == ids(llm.generate(PROMPTS, GREEDY))
-    assert sum(o.stats.drafted for o in out) > 0
-
-
-def test_vocabularies_are_matched_by_what_tokens_say():
-    small, large = tiny_tokenizer(8), tiny_tokenizer(12)
-    found = map_vocabularies(large, small, 12, 10)  # the small one's logits are padded to 10
-    assert np.asarray(found.own)[:8, 0].tolist() == list(range(8))
-    assert (np.asarray(found.own)[8:] == -1).all()
-    assert np.asarray(found.target).tolist() == [*range(8), 12, 12]
-
-
 def test_nothing_compiles_once_warm(llm):
     found = {name: drafter(name, llm, "auto") for name in ("ngram", "other")}
 
@@ -225,17 +142,6 @@ def test_nothing_compiles_once_warm(llm):
     assert compiled == []
 
 
-def test_the_drafter_of_the_readme(llm):
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    (source,) = (block for block in blocks if "class LastToken" in block)
-    room = {"llm": llm}
-    exec(source, room)
-    out = llm.generate("aaaa", GREEDY, drafter=room["LastToken"]())
-    assert out.stats.drafted > 0
-    assert out.token_ids == llm.generate("aaaa", GREEDY).token_ids
-
-
 def test_the_loop_is_compiled_once_from_calibration_to_the_last_token(llm):
     """A loaded model's weights are bound to a device, and then every input must always be."""
     params = jax.device_put(llm.params, jax.devices()[0])
@@ -244,93 +150,6 @@ def test_the_loop_is_compiled_once_from_calibration_to_the_last_token(llm):
         bound.generate("abcabcabc", GREEDY, drafter=NGramDrafter(num_draft=2))
         bound.generate("a", GREEDY, drafter=NGramDrafter(num_draft=2), stop="?!")
     assert sum("rounds" in name for name in compiled) == 1
-
-
-class Wrong(LastToken, kw_only=True):
-    """Returns one token too few, or a state that changes its shape."""
-
-    fault: str = static("tokens")
-
-    def init(self, batch, capacity):
-        return jnp.zeros((batch,))
-
-    def propose(self, state, context, rows, want, keys):
-        draft, state = super().propose(state, context, rows, want, keys)
-        if self.fault == "tokens":
-            draft = draft._replace(tokens=draft.tokens[:, :-1])
-        if self.fault == "dtype":
-            draft = draft._replace(num=draft.num.astype(jnp.float32))
-        if self.fault == "probs":
-            draft = draft._replace(probs=jnp.zeros((1,)))
-        return draft, state[:, None] if self.fault == "state" else state
-
-
-@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "state"])
-def test_a_drafter_with_wrong_shapes_is_refused(llm, fault):
-    with pytest.raises(InvalidArgument, match=r"Wrong\.propose") as refused:
-        llm.generate("abc", GREEDY, drafter=Wrong(fault=fault))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"drafter": "nothing-like-this"}, "one of auto, none, ngram, self"),
-        ({"drafter": 3}, "one of auto, none, ngram, self"),
-        ({"drafter": "ngram", "num_draft": -1}, "num_draft=-1"),
-        ({"drafter": "ngram", "num_draft": 1000}, "num_draft=1000"),
-        ({"drafter": "ngram", "verifier": "lenient"}, "verifier='lenient'"),
-        ({"drafter": "ngram", "verifier": "block", "exact": True}, "exact=True"),
-    ],
-)
-def test_bad_options(llm, options, words):
-    with pytest.raises(InvalidArgument, match=words):
-        llm.generate("abc", GREEDY, **options)
-
-
-def test_a_draft_longer_than_the_context():
-    llm = tiny_llm(max_len=16)
-    with pytest.raises(InvalidArgument, match="does not fit the context of 16 "):
-        llm.generate("abc", max_tokens=4, drafter="ngram", num_draft=15)
-
-
-def test_load_remembers_a_drafter(llm):
-    parts = (llm.params, llm.config, llm.tokenizer)
-    again = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", num_draft=5)
-    out = again.generate("abcabcabc", GREEDY)
-    assert out.stats.drafted > 0
-    assert again.generate("abcabcabc", GREEDY, drafter=None).stats.drafted == 0
-    assert again.speculation("ngram").drafter.num_draft == 5
-    assert again.speculation("ngram", 2).drafter.num_draft == 2
-    judged = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", verifier="block")
-    assert judged.speculation(exact=True).verifier == "auto"
-    want = llm.generate("abc", WARM).token_ids
-    assert judged.generate("abc", WARM, drafter=None).token_ids == want
-
-
-def test_a_drafter_that_is_the_target_is_right_in_every_row(llm):
-    """Prompts of one token have no prefill; rows that differ in length are rewound one by one."""
-    found = drafter("same", llm, 4)
-    for prompts in ([[41]], [[1], [2, 3], [7] * 20, [9], [4, 4, 1], [41], [8], [30, 2]]):
-        for o in llm.generate(prompts, GREEDY, drafter=found, verifier="rejection"):
-            assert o.stats.accepted == o.stats.drafted > 20
-
-
-class NoTokens(LastToken, kw_only=True):
-    """Offers what is no token: an id below all, then one beyond."""
-
-    def propose(self, state, context, rows, want, keys):
-        tokens = jnp.broadcast_to(jnp.array([-1, 64, 2**30]), (want.shape[0], 3))
-        return Draft(tokens, want), state
-
-
-@pytest.mark.parametrize("verifier", ["exact", "rejection", "block"])
-def test_what_is_no_token_is_never_said(llm, verifier):
-    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, seed=1)
-    out = llm.generate("abc", params, drafter=NoTokens(), verifier=verifier)
-    assert len(out.token_ids) == 12
-    assert all(0 <= i < 64 for i in out.token_ids)
-    assert out.stats.drafted == 0
 
 
 def test_a_row_does_not_depend_on_its_neighbours(llm):
@@ -387,41 +206,3 @@ def test_stats_end_where_the_text_ends(llm):
     assert s.rounds + s.accepted - s.new_tokens in (0, 1)
     plain = llm.generate("abcabcabc", GREEDY, stop=free.text[6:8]).stats
     assert plain.rounds == plain.new_tokens
-
-
-def test_a_fallback_takes_names_and_models(llm):
-    found = FallbackDrafter(first="ngram", second=tiny_llm(seed=4))
-    out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
-    assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
-    assert out.stats.drafted > 0
-
-
-class Half(LastToken, kw_only=True):
-    """Forgets its state."""
-
-    def propose(self, state, context, rows, want, keys):
-        return super().propose(state, context, rows, want, keys)[0]
-
-
-class Empty(Drafter, kw_only=True):
-    """Has no propose."""
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (Half, r"Half.propose: must return \(Draft, state\)"),
-        (Empty, "Empty.propose is missing"),
-        (lambda: NGramDrafter(max_ngram=2, min_ngram=3), "1 <= min_ngram <= max_ngram"),
-        (lambda: FallbackDrafter(first="ngram", second="nobody"), "drafter='nobody'"),
-    ],
-)
-def test_more_wrong_drafters(llm, wrong, words):
-    with pytest.raises(InvalidArgument, match=words):
-        llm.generate("abc", GREEDY, drafter=wrong())
-
-
-def test_no_draft_is_plain_decoding(llm):
-    assert llm.generate("abc", GREEDY, drafter="self", num_draft=0).stats.drafted == 0
-    with pytest.raises(InvalidArgument, match="too few to leave any out"):
-        tiny_llm(layers=(LayerConfig(),)).generate("abc", drafter="self")

@@ -55,7 +55,11 @@ def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
     import jaxinfer
     from jaxinfer.drafters import NAMES
 
-    other = name if name in NAMES else jaxinfer.load(name, dtype=llm.model.dtype)
+    other = (
+        name
+        if name in NAMES
+        else jaxinfer.load(name, dtype=llm.model.dtype, kernels=llm.model.impl)
+    )
     return llm.speculation(other, draft_length(num_draft)).drafter
 
 

@@ -58,6 +58,12 @@ def attention(
         raise UnsupportedError(
             f"q {q.shape} and k {k.shape} differ in B or H, or K does not divide N"
         )
+    if 0 in (*q.shape, *k.shape) or v.dtype != k.dtype:
+        raise UnsupportedError(
+            f"q {q.shape}, k {k.dtype} {k.shape}, v {v.dtype}: no axis may be empty, and k and v"
+            " have one dtype"
+        )
+    dispatch.check_integers(start=start, num_new=num_new)
     batch, tokens = q.shape[:2]
     start = jnp.zeros((batch,), jnp.int32) if start is None else start
     num_new = jnp.full((batch,), tokens, jnp.int32) if num_new is None else num_new

@@ -84,6 +84,7 @@ def attention_gpu(
                 mine,
                 ring,
                 span,
+                seen_first=0 if window is None else start + begin - window + 1,
                 held=start + num_new,
                 visible=visible,
                 cleaner=group == 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.cache_update.reference import cache_update_reference
@@ -35,7 +36,8 @@ def cache_update(
       start: [B] int32. A row may wrap around once: the cache is then a ring.
       num_new: [B] int32 in 0..T; what stands behind is not written and may be anything.
       block_table: [B,M] int32: the caches are pages [P,K,page,H] (and [P,K,page]), and positions
-        i*page .. of row b lie in page block_table[b,i]. No two rows write to one page.
+        i*page .. of row b lie in page block_table[b,i]. No two rows write to one page; a row
+        without new tokens writes to none.
       impl: as of `cached_attention`.
 
     Returns:
@@ -46,6 +48,9 @@ def cache_update(
     """
     if len(caches) != len(new) or not caches:
         raise UnsupportedError(f"{len(caches)} caches and {len(new)} new: as many, and some")
+    if min(x.ndim for x in (*caches, *new)) < 3 or 0 in (*caches[0].shape, *new[0].shape):
+        raise UnsupportedError("caches and new have 3 or 4 axes each, none of them empty")
+    dispatch.check_integers(start=start, num_new=num_new, block_table=block_table)
     batch, tokens, num_kv = new[0].shape[:3]
     for cache, given in zip(caches, new, strict=True):
         rows, _, slots = caches[0].shape[:3]
@@ -64,6 +69,9 @@ def cache_update(
             raise UnsupportedError(f"{name} {given.shape} must be {(batch,)}")
     if block_table is not None and (block_table.ndim != 2 or len(block_table) != batch):
         raise UnsupportedError(f"block_table {block_table.shape} must be [B,M] with B={batch}")
+
+    if block_table is not None:  # where nothing is held it may name no page
+        block_table = jnp.clip(block_table, 0, caches[0].shape[0] - 1)
 
     def xla() -> Arrays:
         return cache_update_reference(caches, new, start, num_new, block_table)

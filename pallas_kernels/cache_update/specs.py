@@ -65,4 +65,5 @@ def _case(name: str, model: Model, tokens: int, int8: bool = False) -> Case:
         bound=0.0,  # it moves numbers and changes none
         nbytes=2 * 2 * BATCH * tokens * model.kv * size,
         donated=("caches",),
+        covered=("pallas_tpu",),
     )

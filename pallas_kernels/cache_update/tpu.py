@@ -2,8 +2,8 @@
 
 A slot is not a unit that a TPU can write: bfloat16 lies in tiles of 16 slots, int8 in tiles of 32.
 So a program takes one such block into VMEM, sets its new slots, and the same memory takes it back
-(`input_output_aliases`). New rows find their slots by a product with a one-hot matrix: exact, and
-without shifts along the sublanes.
+(`input_output_aliases`). New rows find their slots by a product with a one-hot matrix: no finite
+number changes (but for the sign of zero), and nothing shifts along the sublanes.
 
 Letters: B batch, T new tokens, K kv heads, S slots, H head width.
 """
@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import UnsupportedError
-from pallas_kernels.flash_tpu import LANES, MAX_WHOLE, block_of, slots_along_lanes
+from pallas_kernels.flash_tpu import LANES, block_of, slots_along_lanes
 
+VMEM = 12 << 20  # bytes, of the 16 MiB that a kernel gets
 TILES = {4: 8, 2: 16, 1: 32}  # bytes of a number -> slots of a tile
 
 
@@ -35,13 +36,9 @@ def cache_update_tpu(
     """See `cache_update`."""
     batch, tokens, num_kv = new[0].shape[:3]
     slots = caches[0].shape[2]
-    size = _block(caches, tokens)
-    per_row = slots // size  # blocks a row, or a page
+    size = _block(caches, tokens, paged=block_table is not None)
     steps = (tokens + size - 2) // size + 1  # blocks that so many tokens may touch
-    one = block_table is None and per_row == 1  # a row's only block, which it may take twice
-    if block_table is None and not one:
-        # A ring keeps a window besides, so that it never takes a block twice in one call.
-        steps = min(steps, per_row)
+    one = block_table is None and slots == size  # a row's only block, which it may take twice
 
     # New tokens come in pieces of the same size, so that a block needs two of them at most.
     piece = min(tokens, size)
@@ -51,16 +48,10 @@ def cache_update_tpu(
     views = _turned(caches, lanes)
     rows = _turned([_padded(jnp.swapaxes(x, 1, 2), padding) for x in new], lanes)
 
-    def block(b: Any, w: Any, start: Any, num: Any, *table: Any) -> tuple[Any, Any]:
-        """Row or page, and block of it, that step w of row b writes."""
-        first, count = _touched(start[b], num[b], size)
-        at = first + jnp.minimum(w, jnp.maximum(count - 1, 0))
-        if not table:
-            return b, at % per_row
-        page = jnp.minimum(at // per_row, table[0].shape[1] - 1)
-        return table[0][b, page], at % per_row
+    def block(b: Any, w: Any, start: Any, num: Any, row: Any, at: Any) -> tuple[Any, Any]:
+        return row[b * steps + w], at[b * steps + w]
 
-    def piece_of(which: int, b: Any, w: Any, start: Any, num: Any, *table: Any) -> tuple[Any, Any]:
+    def piece_of(which: int, b: Any, w: Any, start: Any, num: Any, *rest: Any) -> tuple[Any, Any]:
         index = _piece(start[b], num[b], w, size, piece) + which if pieces > 1 else 0
         return b, jnp.clip(index, 0, pieces - 1)
 
@@ -78,7 +69,7 @@ def cache_update_tpu(
         tuple(spec(partial(piece_of, p), x, piece, n) for x, n in zip(rows, lanes, strict=True))
         for p in range(min(pieces, 2))
     )
-    prefetch = (start, num_new) if block_table is None else (start, num_new, block_table)
+    prefetch = (start, num_new, *_route(start, num_new, block_table, steps, slots, size))
     updated = pl.pallas_call(
         partial(
             _program,
@@ -101,8 +92,9 @@ def cache_update_tpu(
         cost_estimate=pl.CostEstimate(
             flops=0,
             transcendentals=0,
-            bytes_accessed=sum(2 * steps * x.nbytes // x.shape[0] // per_row for x in caches)
-            * batch,
+            bytes_accessed=sum(2 * steps * x[0].size * x.dtype.itemsize for x in caches)
+            * (batch * size)
+            // slots,
         ),
         name="cache_update",
     )(*prefetch, views, (rows,) * len(fresh))
@@ -127,16 +119,45 @@ def _padded(x: jax.Array, padding: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 3))
 
 
-def _block(caches: Sequence[jax.Array], tokens: int) -> int:
+def _route(
+    start: jax.Array,
+    num_new: jax.Array,
+    table: jax.Array | None,
+    steps: int,
+    slots: int,
+    size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Row or page [B*steps], and block of it, that each step writes, row after row."""
+    batch, per_row = len(start), slots // size
+    first, count = _touched(start[:, None], num_new[:, None], size)
+    step = jnp.arange(steps)[None]
+    at = first + step  # [B,steps]
+    row = jnp.broadcast_to(jnp.arange(batch)[:, None], at.shape)
+    if table is not None:
+        page = jnp.minimum(at // per_row, table.shape[1] - 1)
+        row = jnp.take_along_axis(table, page, axis=1)
+    used = (step < count).reshape(-1)
+    last = jax.lax.cummax(jnp.where(used, jnp.arange(batch * steps), -1))
+    last = jnp.where(last < 0, jnp.argmax(used), last)
+    return row.reshape(-1)[last], (at % per_row).reshape(-1)[last]
+
+
+def _block(caches: Sequence[jax.Array], tokens: int, *, paged: bool) -> int:
     """Slots a block: a tile when few tokens are new, or all S where S is no multiple of a tile."""
     slots = caches[0].shape[2]
     tile = max(LANES if _lanes(x) else TILES[x.dtype.itemsize] for x in caches)
     size = block_of(slots, max(tile, min(tokens, LANES) // tile * tile), tile)
-    if size is None and slots > MAX_WHOLE:
+    if size is not None and not paged and tokens > slots - size + 1:
+        size = None  # a call might end in the block that it began in, a lap later
+    size = size or slots
+    # Every block lies in VMEM four times: as it comes and as it goes, two of each in flight.
+    held = 4 * sum(x[0].size * x.dtype.itemsize for x in caches) * size // slots
+    if held > VMEM:
         raise UnsupportedError(
-            f"cache of {slots} slots: pallas_tpu needs a multiple of {tile}, or at most {MAX_WHOLE}"
+            f"cache {caches[0].shape}, {tokens} new: pallas_tpu needs S a multiple of {tile} and"
+            f" T at most S - {tile}, or less than {VMEM >> 20} MiB a row"
         )
-    return slots if size is None else size
+    return size
 
 
 def _touched(start: Any, num: Any, size: int) -> tuple[Any, Any]:
@@ -167,7 +188,8 @@ def _program(
     first, count = _touched(start, num, size)
     begin = (first + w) * size - start  # which new token belongs to the block's first slot
 
-    @pl.when((w == 0) | ((w < count) & (not one)))
+    # A step without new tokens stays at the block of the one before, and leaves it as it is.
+    @pl.when(((b == 0) & (w == 0)) | ((w < count) & ((w == 0) | (not one))))
     def _() -> None:
         for cache, to in zip(caches, out, strict=True):
             to[...] = cache[...]
@@ -202,7 +224,7 @@ def _set(
 
 
 def _exact(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b in full float32: a one-hot matrix moves numbers and changes none of their bits."""
+    """a @ b in full float32: a one-hot matrix moves finite numbers and changes none."""
     return jax.lax.dot(
         a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )

@@ -74,6 +74,12 @@ def cached_attention(
             f"q {q.shape} must be [B,T,N,H], k_cache {k_cache.shape} and v_cache {v_cache.shape}"
             " [B,K,S,H]"
         )
+    if 0 in (*q.shape, *k_cache.shape) or v_cache.dtype != k_cache.dtype:
+        raise UnsupportedError(
+            f"q {q.shape}, k_cache {k_cache.dtype} {k_cache.shape}, v_cache {v_cache.dtype}: no"
+            " axis may be empty, and both caches have one dtype"
+        )
+    dispatch.check_integers(start=start, num_new=num_new, block_table=block_table)
     batch, tokens, num_heads, head_dim = q.shape
     rows, num_kv, slots, width = k_cache.shape
     if width != head_dim or num_heads % num_kv or (block_table is None and rows != batch):
@@ -102,6 +108,10 @@ def cached_attention(
         raise UnsupportedError("k, v: with scales, pages or a tree they must be in the cache")
     if window is not None and window < 1:
         raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
+    if ancestors is not None:
+        ancestors = ancestors.astype(bool)
+    if block_table is not None:  # where nothing is held it may name no page
+        block_table = jnp.clip(block_table, 0, rows - 1)
     if num_new is None:
         num_new = jnp.full((batch,), tokens, jnp.int32)
 

@@ -111,6 +111,7 @@ def cached_attention_gpu(
                 mine,
                 ring,
                 span,
+                seen_first=0 if window is None else start - window + 1,
                 held=held,
                 visible=visible,
                 cleaner=group == 0,

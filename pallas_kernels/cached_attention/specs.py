@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import oracle
+from pallas_kernels.cached_attention import tpu
 from pallas_kernels.cached_attention.api import cached_attention
 from pallas_kernels.case import MODELS, Args, Case, Model
 from pallas_kernels.chips import Blocks
@@ -109,6 +110,16 @@ def _case(
             window=limit(args), ancestors=args.get("ancestors"), **options,
         )  # fmt: skip
 
+    def cache_bytes(blocks: Blocks) -> int:
+        shapes = jax.eval_shape(lambda: draw(jax.random.key(0), False))
+        rest = {n: shapes[n] for n in ("k_scale", "block_table") if n in shapes}
+        # Of rows at every place within a block: where a window begins decides how many it meets.
+        start = context - tokens - jnp.arange(128)
+        num_new = jnp.full((128,), tokens)
+        q, k = shapes["q"], shapes["k"]
+        read = tpu.cache_bytes(q, k, start, num_new, window=window, blocks=blocks, **rest)
+        return read * batch // 128
+
     read = context if window is None else window + tokens - 1
     number = model.head_dim + 4 if int8 else model.head_dim * jnp.dtype(dtype).itemsize
     queries = batch * tokens * model.heads * model.head_dim * jnp.dtype(dtype).itemsize
@@ -120,4 +131,6 @@ def _case(
         expected,
         bound=1e-5 if dtype == "float32" else 2e-2 if int8 else 1e-2,
         nbytes=2 * batch * model.kv * read * number + 2 * queries,
+        covered=("pallas_tpu", "pallas_gpu") if dtype == "bfloat16" else ("pallas_tpu",),
+        cache_bytes=cache_bytes,
     )

@@ -91,6 +91,25 @@ def cut(
     return Tiling(heads, q[1], keys, count, -(-steps // splits), splits, lanes)
 
 
+def cache_bytes(
+    q: jax.Array,  # [B,T,N,H], or its shape and dtype, as are the others
+    k_cache: jax.Array,
+    start: jax.Array,  # [B] int32, itself
+    num_new: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    block_table: jax.Array | None = None,
+    window: int | None = None,
+    blocks: Blocks | None = None,
+) -> int:
+    """Bytes of keys, values and scales that a call copies from the cache."""
+    tiling = cut(q.shape, k_cache, block_table, window, tpu_blocks(blocks))
+    programs = (k_cache.shape[1] // tiling.heads, 1)
+    fetched = flash_tpu.blocks_fetched(start, num_new, programs, tiling, window)
+    slot = k_cache.shape[3] * k_cache.dtype.itemsize + (0 if k_scale is None else 4)
+    return 2 * fetched * tiling.heads * tiling.keys * slot
+
+
 def tree_of(ancestors: jax.Array, groups: int, window: int | None) -> Tree:
     """The tree of [T,T] ancestors, a row a query head; the window counts along the branches."""
     depth = jnp.sum(ancestors, axis=1, dtype=jnp.int32) - 1  # [T]

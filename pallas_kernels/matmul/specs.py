@@ -68,4 +68,13 @@ def _case(name: str, rows: int, inputs: int, outputs: int, bits: int, group: int
         return oracle.matmul(args["x"], w, args["scale"])
 
     numbers = 2 * rows * (inputs + outputs) + 4 * outputs * (inputs // (group or inputs))
-    return Case("matmul", name, draw, run, expected, 1e-2, numbers + inputs * outputs * bits // 8)
+    return Case(
+        "matmul",
+        name,
+        draw,
+        run,
+        expected,
+        bound=1e-2,
+        nbytes=numbers + inputs * outputs * bits // 8,
+        covered=("pallas_tpu",),
+    )
