@@ -44,28 +44,6 @@ def test_exact_mode_in_bfloat16():
     assert [o.logprobs for o in got] == [o.logprobs for o in want]
 
 
-@pytest.mark.parametrize(
-    ("name", "verifier"),
-    [
-        *((name, "auto") for name in NAMES),
-        ("ngram", "rejection"),
-        ("other", "exact"),
-        ("other", "rejection"),
-    ],
-)
-def test_greedy_text_is_the_same_in_the_default_mode(llm, name, verifier):
-    want = llm.generate(PROMPTS, GREEDY)
-    got = llm.generate(PROMPTS, GREEDY, drafter=drafter(name, llm, 5), verifier=verifier)
-    assert ids(got) == ids(want)
-    for o in got:
-        s = o.stats
-        assert s.rounds + s.accepted == s.new_tokens == 40
-        assert s.accepted == sum(s.accepted_by_position) <= s.drafted
-        assert s.accepted_by_position == sorted(s.accepted_by_position, reverse=True)
-        assert s.tokens_per_round == pytest.approx(40 / s.rounds)
-        assert s.draft_seconds + s.verify_seconds == pytest.approx(s.decode_seconds)
-
-
 def test_end_tokens_inside_an_accepted_block(llm):
     """Rounds of six: the end is their first token, in the middle, the last draft, or behind it."""
     free = llm.generate("abcabcabc", WARM).token_ids

@@ -1,0 +1,248 @@
+"""Drafters one by one: what they offer, how they are named, and which are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, LastToken, drafter, ids
+
+from jaxinfer.config import LayerConfig
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.generate import LLM
+from jaxinfer.sampling import SamplingParams
+from jaxinfer.speculative.drafter import Drafter, static
+from jaxinfer.speculative.fallback import FallbackDrafter
+from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.vocab import map_vocabularies
+from jaxinfer.testing import tiny_llm, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return tiny_llm()
+
+
+@pytest.mark.parametrize(
+    ("name", "verifier"),
+    [
+        *((name, "auto") for name in NAMES),
+        ("ngram", "rejection"),
+        ("other", "exact"),
+        ("other", "rejection"),
+    ],
+)
+def test_greedy_text_is_the_same_in_the_default_mode(llm, name, verifier):
+    want = llm.generate(PROMPTS, GREEDY)
+    got = llm.generate(PROMPTS, GREEDY, drafter=drafter(name, llm, 5), verifier=verifier)
+    assert ids(got) == ids(want)
+    for o in got:
+        s = o.stats
+        assert s.rounds + s.accepted == s.new_tokens == 40
+        assert s.accepted == sum(s.accepted_by_position) <= s.drafted
+        assert s.accepted_by_position == sorted(s.accepted_by_position, reverse=True)
+        assert s.tokens_per_round == pytest.approx(40 / s.rounds)
+        assert s.draft_seconds + s.verify_seconds == pytest.approx(s.decode_seconds)
+
+
+def test_a_drafter_that_is_the_target_is_always_right(llm):
+    """Off by one in the drafter's cache, and the token behind a full acceptance would be wrong."""
+    for verifier in ("exact", "rejection", "block"):
+        for params in (GREEDY, WARM):
+            found = drafter("same", llm, 4)
+            out = llm.generate("abcab", params, drafter=found, verifier=verifier)
+            s = out.stats
+            assert s.accepted == s.drafted > 20, (verifier, s)
+
+
+def test_a_drafter_that_is_the_target_is_right_in_every_row(llm):
+    """Prompts of one token have no prefill; rows that differ in length are rewound one by one."""
+    found = drafter("same", llm, 4)
+    for prompts in ([[41]], [[1], [2, 3], [7] * 20, [9], [4, 4, 1], [41], [8], [30, 2]]):
+        for o in llm.generate(prompts, GREEDY, drafter=found, verifier="rejection"):
+            assert o.stats.accepted == o.stats.drafted > 20
+
+
+class Afresh(Drafter, kw_only=True):
+    """Offers what `own` would if it read the whole text anew in every round."""
+
+    own: Any
+
+    @property
+    def draws(self):
+        return self.own.draws
+
+    def propose(self, state, context, rows, want, keys):
+        nothing = self.own.init(*context.tokens.shape)
+        return self.own.propose(nothing, context, rows, want, keys)[0], state
+
+
+@pytest.mark.parametrize(
+    "vocab_size",
+    [64, pytest.param(48, marks=pytest.mark.xfail(strict=True, reason="a last word it lacks"))],
+)
+def test_what_a_model_drafter_remembers_is_the_text(llm, vocab_size):
+    """Of a draft refused early, late or not at all, in each row of its own, nothing is left."""
+    found = llm.speculation(tiny_llm(vocab_size, seed=2), num_draft=4).drafter
+    kept, afresh = (
+        llm.generate(PROMPTS, WARM, drafter=own, verifier="rejection")
+        for own in (found, Afresh(own=found, num_draft=4))
+    )
+    assert [o.stats.accepted_by_position for o in kept] == [
+        o.stats.accepted_by_position for o in afresh
+    ]
+    assert ids(kept) == ids(afresh)
+    assert all(0 < o.stats.accepted < o.stats.drafted for o in kept)
+
+
+def test_another_vocabulary(llm):
+    """Characters 33 .. 33+47 of 64: the drafter can say a part, and is spelled the rest."""
+    other = tiny_llm(vocab_size=48, seed=2)
+    found = llm.speculation(other, num_draft=4).drafter
+    want = llm.generate(PROMPTS, WARM, exact=True)
+    assert ids(llm.generate(PROMPTS, WARM, exact=True, drafter=found)) == ids(want)
+    out = llm.generate(PROMPTS, GREEDY, drafter=found, verifier="block")
+    assert ids(out) == ids(llm.generate(PROMPTS, GREEDY))
+    assert sum(o.stats.drafted for o in out) > 0
+
+
+def test_vocabularies_are_matched_by_what_tokens_say():
+    small, large = tiny_tokenizer(8), tiny_tokenizer(12)
+    found = map_vocabularies(large, small, 12, 10)  # the small one's logits are padded to 10
+    assert np.asarray(found.own)[:8, 0].tolist() == list(range(8))
+    assert (np.asarray(found.own)[8:] == -1).all()
+    assert np.asarray(found.target).tolist() == [*range(8), 12, 12]
+
+
+def test_the_drafter_of_the_readme(llm):
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    (source,) = (block for block in blocks if "class LastToken" in block)
+    room = {"llm": llm}
+    exec(source, room)
+    out = llm.generate("aaaa", GREEDY, drafter=room["LastToken"]())
+    assert out.stats.drafted > 0
+    assert out.token_ids == llm.generate("aaaa", GREEDY).token_ids
+
+
+def test_a_fallback_takes_names_and_models(llm):
+    found = FallbackDrafter(first="ngram", second=tiny_llm(seed=4))
+    out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
+    assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
+    assert out.stats.drafted > 0
+
+
+def test_load_remembers_a_drafter(llm):
+    parts = (llm.params, llm.config, llm.tokenizer)
+    again = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", num_draft=5)
+    out = again.generate("abcabcabc", GREEDY)
+    assert out.stats.drafted > 0
+    assert again.generate("abcabcabc", GREEDY, drafter=None).stats.drafted == 0
+    assert again.speculation("ngram").drafter.num_draft == 5
+    assert again.speculation("ngram", 2).drafter.num_draft == 2
+    judged = LLM(*parts, dtype=llm.model.dtype, drafter="ngram", verifier="block")
+    assert judged.speculation(exact=True).verifier == "auto"
+    want = llm.generate("abc", WARM).token_ids
+    assert judged.generate("abc", WARM, drafter=None).token_ids == want
+
+
+def test_no_draft_is_plain_decoding(llm):
+    assert llm.generate("abc", GREEDY, drafter="self", num_draft=0).stats.drafted == 0
+    with pytest.raises(InvalidArgument, match="too few to leave any out"):
+        tiny_llm(layers=(LayerConfig(),)).generate("abc", drafter="self")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drafter": "nothing-like-this"}, "one of auto, none, ngram, self"),
+        ({"drafter": 3}, "one of auto, none, ngram, self"),
+        ({"drafter": "ngram", "num_draft": -1}, "num_draft=-1"),
+        ({"drafter": "ngram", "num_draft": 1000}, "num_draft=1000"),
+        ({"drafter": "ngram", "verifier": "lenient"}, "verifier='lenient'"),
+        ({"drafter": "ngram", "verifier": "block", "exact": True}, "exact=True"),
+    ],
+)
+def test_bad_options(llm, options, words):
+    with pytest.raises(InvalidArgument, match=words):
+        llm.generate("abc", GREEDY, **options)
+
+
+def test_a_draft_longer_than_the_context():
+    llm = tiny_llm(max_len=16)
+    with pytest.raises(InvalidArgument, match="does not fit the context of 16 "):
+        llm.generate("abc", max_tokens=4, drafter="ngram", num_draft=15)
+
+
+class Wrong(LastToken, kw_only=True):
+    """Returns one token too few, or a state that changes its shape."""
+
+    fault: str = static("tokens")
+
+    def init(self, batch, capacity):
+        return jnp.zeros((batch,))
+
+    def propose(self, state, context, rows, want, keys):
+        draft, state = super().propose(state, context, rows, want, keys)
+        if self.fault == "tokens":
+            draft = draft._replace(tokens=draft.tokens[:, :-1])
+        if self.fault == "dtype":
+            draft = draft._replace(num=draft.num.astype(jnp.float32))
+        if self.fault == "probs":
+            draft = draft._replace(probs=jnp.zeros((1,)))
+        return draft, state[:, None] if self.fault == "state" else state
+
+
+@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "state"])
+def test_a_drafter_with_wrong_shapes_is_refused(llm, fault):
+    with pytest.raises(InvalidArgument, match=r"Wrong\.propose") as refused:
+        llm.generate("abc", GREEDY, drafter=Wrong(fault=fault))
+    assert "\n" not in str(refused.value)
+
+
+class Half(LastToken, kw_only=True):
+    """Forgets its state."""
+
+    def propose(self, state, context, rows, want, keys):
+        return super().propose(state, context, rows, want, keys)[0]
+
+
+class Empty(Drafter, kw_only=True):
+    """Has no propose."""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (Half, r"Half.propose: must return \(Draft, state\)"),
+        (Empty, "Empty.propose is missing"),
+        (lambda: NGramDrafter(max_ngram=2, min_ngram=3), "1 <= min_ngram <= max_ngram"),
+        (lambda: FallbackDrafter(first="ngram", second="nobody"), "drafter='nobody'"),
+    ],
+)
+def test_more_wrong_drafters(llm, wrong, words):
+    with pytest.raises(InvalidArgument, match=words):
+        llm.generate("abc", GREEDY, drafter=wrong())
+
+
+class NoTokens(LastToken, kw_only=True):
+    """Offers a token, then what is none, then a token again."""
+
+    none: int = static(-1)
+
+    def propose(self, state, context, rows, want, keys):
+        draft, state = super().propose(state, context, rows, want, keys)
+        return draft._replace(tokens=draft.tokens.at[:, 1].set(self.none)), state
+
+
+@pytest.mark.parametrize(("verifier", "none"), [("exact", -1), ("rejection", 64), ("block", 2**30)])
+def test_what_is_no_token_is_never_said(llm, verifier, none):
+    """A draft ends before it, whether it is an id below all or one beyond."""
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0, seed=1)
+    out = llm.generate("abc", params, drafter=NoTokens(none=none), verifier=verifier)
+    assert len(out.token_ids) == 12
+    assert all(0 <= i < 64 for i in out.token_ids)
+    assert 0 < out.stats.drafted <= out.stats.rounds  # one a round
