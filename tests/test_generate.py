@@ -354,3 +354,11 @@ def test_no_memory_is_said_in_bytes(llm, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
     with pytest.raises(OutOfMemory, match=r"needs [\d,]+ bytes and 1,000 are available"):
         llm.generate("abc")
+
+
+def test_exact_mode_says_the_same_up_to_the_last_slot_of_the_cache():
+    """Its forwards of eight tokens reach beyond the end of a cache that a text fills."""
+    llm = tiny_llm()
+    prompt, options = [1 + i % 60 for i in range(100)], {"temperature": 0, "ignore_eos": True}
+    plain = llm.generate(prompt, max_tokens=28, **options)
+    assert llm.generate(prompt, max_tokens=28, exact=True, **options).token_ids == plain.token_ids

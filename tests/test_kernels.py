@@ -185,6 +185,31 @@ def test_paged_cache(page):
     check(got, q, k, v, start, num_new, scale=0.1)
 
 
+XLA = {
+    "up to the end of the cache": {"start": [253, 60], "num_new": [3, 8], "tokens": 8},
+    "more tokens than slots": {"start": [0, 0], "num_new": [200, 0], "tokens": 300},
+    "a ring": {"start": [1000, 30], "num_new": [4, 4], "tokens": 4, "window": 100},
+    "softcap": {"start": [40, 9], "num_new": [4, 1], "tokens": 4, "softcap": 5.0},
+}
+
+
+@pytest.mark.parametrize("case", XLA.values(), ids=XLA)
+def test_the_reference_too(case):
+    """Slots that hold nothing must be finite there; they may be anything else."""
+    case = {"heads": 4, "kv": 2, "slots": 256, "width": 64, "poison": 1e3} | case
+    options = {"scale": 0.1, "window": case.pop("window", None)}
+    options["softcap"] = case.pop("softcap", None)
+    q, k, v, start, num_new = x = problem(**case)
+    real = np.arange(q.shape[1]) < np.asarray(num_new)[:, None]
+    expected = want(*x, **options)[real]
+    for got in (
+        cached_attention(q, None, None, k, v, start, num_new=num_new, impl="xla", **options),
+        attention(*x, impl="xla", **options),
+    ):
+        assert np.isfinite(np.asarray(got)).all()
+        assert oracle.relative_error(np.asarray(got)[real], expected) <= 1e-5
+
+
 PREFILL = {
     "from nothing, ragged": {"start": [0, 0, 0], "num_new": [70, 33, 0]},
     "a later piece": {"start": [57, 128], "num_new": [70, 1]},
@@ -234,6 +259,7 @@ UPDATE = {
     | {"slots": 256},
     "idle rows first and last": {"start": [7, 9, 250], "num_new": [0, 4, 0], "tokens": 4}
     | {"slots": 256},
+    "more tokens than slots": {"start": [0, 3], "num_new": [100, 7], "tokens": 200, "slots": 128},
     "nothing new": {"start": [7, 9], "num_new": [0, 0], "tokens": 4, "slots": 256},
     "a token a row": {"start": [0, 15, 127], "num_new": [1, 1, 0], "tokens": 1, "slots": 128},
     "ragged": {"start": [0, 15, 120], "num_new": [8, 3, 8], "tokens": 8, "slots": 128},

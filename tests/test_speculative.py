@@ -47,12 +47,12 @@ def test_exact_mode_in_bfloat16():
 def test_end_tokens_inside_an_accepted_block(llm):
     """Rounds of six: the end is their first token, in the middle, the last draft, or behind it."""
     free = llm.generate("abcabcabc", WARM).token_ids
-    for at in (0, 1, 4, 5, 14):
-        end = {"stop_token_ids": [free[at]]}
-        assert free.index(free[at]) == at
-        held = llm.generate("abcabcabc", WARM, min_tokens=at + 3, **end)
+    # At first several ends in a row: a single one that is passed over is waited for forever.
+    for ends in (free[:6], free[1:6], free[4:5], free[5:6], free[14:15]):
+        at = free.index(ends[0])
+        held = llm.generate("abcabcabc", WARM, min_tokens=at + 3, stop_token_ids=ends)
         for name in ("same", "ngram"):
-            how = {**end, "drafter": drafter(name, llm, 5), "verifier": "exact"}
+            how = {"stop_token_ids": ends, "drafter": drafter(name, llm, 5), "verifier": "exact"}
             out = llm.generate("abcabcabc", WARM, **how)
             assert (out.token_ids, out.finish_reason) == (free[: at + 1], "stop")
             out = llm.generate("abcabcabc", WARM, min_tokens=at + 3, **how)
@@ -140,7 +140,10 @@ def test_a_row_does_not_depend_on_its_neighbours(llm):
         a = llm.generate(["abcab", "hello", "x"], [warm, cold, hot], **how)
         b = llm.generate(["abcab", "hello", "zzzzzz"], [warm, cold, cold], **how)
         assert ids(a[:2]) == ids(b[:2])
-        assert a[1].token_ids == llm.generate("hello", cold).token_ids
+        for among, prompt, params in ((a[0], "abcab", warm), (a[1], "hello", cold)):
+            alone = llm.generate(prompt, params, **how)
+            assert alone.token_ids == among.token_ids
+            assert alone.stats.accepted_by_position == among.stats.accepted_by_position
 
 
 def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):

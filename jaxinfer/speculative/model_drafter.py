@@ -71,6 +71,9 @@ class ModelDrafter(Drafter, kw_only=True):
         state = state._replace(cache=dataclasses.replace(state.cache, lengths=lengths))
         width = hidden.shape[1] if hidden is not None else CATCH_UP
         state = self._take(state, context, width)
+        # Where it has no word for what came last, it speaks again behind the word before.
+        lengths = jnp.clip(state.num - 1, 0, state.cache.lengths)
+        state = state._replace(cache=dataclasses.replace(state.cache, lengths=lengths))
         if width < CATCH_UP:
             return state
         return self._read(state, state.num > 0, width)

@@ -76,7 +76,7 @@ def attention(
     options: Any = {"scale": scale, "window": window, "softcap": softcap}
 
     def xla() -> jax.Array:
-        return cached_attention_reference(q, None, None, k, v, start, **options)
+        return cached_attention_reference(q, None, None, k, v, start, num_new, **options)
 
     def pallas_tpu() -> jax.Array:
         from pallas_kernels.attention.tpu import attention_tpu

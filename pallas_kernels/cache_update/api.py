@@ -32,9 +32,9 @@ def cache_update(
     Args:
       caches: what is kept together, such as (k, v) or (k, v, k_scale, v_scale): each [B,K,S,H] or,
         a number a slot, [B,K,S].
-      new: the same, in their caches' dtypes, [B,T,K,H] or [B,T,K]; T at most S.
+      new: the same, in their caches' dtypes, [B,T,K,H] or [B,T,K].
       start: [B] int32. A row may wrap around once: the cache is then a ring.
-      num_new: [B] int32 in 0..T; what stands behind is not written and may be anything.
+      num_new: [B] int32 in 0..T, at most S; what stands behind is not written and may be anything.
       block_table: [B,M] int32: the caches are pages [P,K,page,H] (and [P,K,page]), and positions
         i*page .. of row b lie in page block_table[b,i]. No two rows write to one page; a row
         without new tokens writes to none.
@@ -62,7 +62,7 @@ def cache_update(
                 f"new {given.dtype} {given.shape} must be {cache.dtype}"
                 f" {(batch, tokens, num_kv, *width)}"
             )
-        if block_table is None and (rows != batch or tokens > slots):
+        if block_table is None and rows != batch:
             raise UnsupportedError(f"new {given.shape} does not fit cache {cache.shape}")
     for name, given in (("start", start), ("num_new", num_new)):
         if given.shape != (batch,):
@@ -70,7 +70,9 @@ def cache_update(
     if block_table is not None and (block_table.ndim != 2 or len(block_table) != batch):
         raise UnsupportedError(f"block_table {block_table.shape} must be [B,M] with B={batch}")
 
-    if block_table is not None:  # where nothing is held it may name no page
+    if block_table is None:
+        new = [x[:, : caches[0].shape[2]] for x in new]  # more cannot be real
+    else:  # where nothing is held it may name no page
         block_table = jnp.clip(block_table, 0, caches[0].shape[0] - 1)
 
     def xla() -> Arrays:

@@ -126,7 +126,7 @@ def cached_attention(
     }
 
     def xla() -> jax.Array:
-        return cached_attention_reference(q, k, v, k_cache, v_cache, start, **options)
+        return cached_attention_reference(q, k, v, k_cache, v_cache, start, num_new, **options)
 
     def pallas_tpu() -> jax.Array:
         from pallas_kernels.cached_attention.tpu import cached_attention_tpu

@@ -15,6 +15,7 @@ def cached_attention_reference(
     k_cache: jax.Array,  # [B,K,S,H], or [P,K,page,H]
     v_cache: jax.Array,
     start: jax.Array,  # [B] int32
+    num_new: jax.Array,  # [B] int32
     *,
     scale: float,
     window: int | None = None,
@@ -27,16 +28,16 @@ def cached_attention_reference(
     """See `cached_attention`; scores and softmax are computed in float32."""
     k_cache = _dense(k_cache, k_scale, block_table, q.dtype)
     v_cache = _dense(v_cache, v_scale, block_table, q.dtype)
-    batch, num_new, num_heads, head_dim = q.shape
+    batch, tokens, num_heads, head_dim = q.shape
     num_kv, slots = k_cache.shape[1], k_cache.shape[2]
     exact: dict[str, Any] = {"preferred_element_type": jnp.float32}
     if q.dtype == jnp.float32:
         exact["precision"] = jax.lax.Precision.HIGHEST
 
-    grouped = q.reshape(batch, num_new, num_kv, num_heads // num_kv, head_dim)
-    query = start[:, None] + jnp.arange(num_new)  # [B,T] absolute positions, of the new keys too
+    grouped = q.reshape(batch, tokens, num_kv, num_heads // num_kv, head_dim)
+    query = start[:, None] + jnp.arange(tokens)  # [B,T] absolute positions, of the new keys too
     # Slot s holds the latest position p < end with p mod S == s; below 0 there is none yet.
-    end = start[:, None] if k is not None else start[:, None] + num_new
+    end = (start if k is not None else start + num_new)[:, None]
     key = end - 1 - (end - 1 - jnp.arange(slots)) % slots  # [B,S]
     scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k_cache, **exact)
     if k is not None:
@@ -54,6 +55,8 @@ def cached_attention_reference(
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
 
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    if k is None:  # a query behind num_new may see nothing at all
+        weights = jnp.where(visible[:, None, None], weights, 0)
     # Rows and heads as one axis: XLA:CPU (jaxlib 0.10) refuses this product of bfloat16 with two
     # batch axes where it writes the result transposed.
     flat = jnp.einsum(
@@ -62,14 +65,14 @@ def cached_attention_reference(
         v_cache.reshape(batch * num_kv, slots, head_dim),
         **exact,
     )
-    out = jnp.moveaxis(flat.reshape(batch, num_kv, -1, num_new, head_dim), 3, 1)  # [B,T,K,G,H]
+    out = jnp.moveaxis(flat.reshape(batch, num_kv, -1, tokens, head_dim), 3, 1)  # [B,T,K,G,H]
     if v is not None:
         out += jnp.einsum("bkgtu,bukh->btkgh", weights[..., slots:], v, **exact)
     return out.reshape(q.shape).astype(q.dtype)
 
 
 def _chain(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """[B,T,S] bool: position query[b,t] sees key[b,s]; its own at least, so never nothing."""
+    """[B,T,S] bool: position query[b,t] sees key[b,s]."""
     query, key = query[:, :, None], key[:, None]
     visible = (key >= 0) & (key <= query)
     return visible if window is None else visible & (key > query - window)
