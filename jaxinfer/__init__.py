@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxinfer.generate import LLM as LLM
     from jaxinfer.loading import load as load
     from jaxinfer.outputs import GenerationOutput as GenerationOutput
+    from jaxinfer.planner.plan import plan as plan
     from jaxinfer.sampling import SamplingParams as SamplingParams
     from jaxinfer.sharding import make_mesh as make_mesh
 
@@ -30,6 +31,7 @@ _HOMES = {
     "ModelConfig": "config",
     "SamplingParams": "sampling",
     "make_mesh": "sharding",
+    "plan": "planner.plan",
 }
 
 __all__ = [  # noqa: RUF022 - in the order a reader meets them
@@ -39,6 +41,7 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "GenerationOutput",
     "ModelConfig",
     "make_mesh",
+    "plan",
     "JaxinferError",
 ]
 

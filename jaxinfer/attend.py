@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
+from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
 
 FEW = 32  # T, most tokens that are a decode or a verify; more are a piece of a prompt
@@ -25,7 +24,7 @@ class Kernels:
     """With "xla", attention reads new keys from the cache and not beside it, so that a token's sum
     is the same whether it came with this forward or an earlier one. Slower on CPU. Pallas kernels
     do so always."""
-    mesh: Mesh | None = None  # heads lie along `model`, rows along `data`
+    layout: Layout = ONE_DEVICE
 
 
 XLA = Kernels()
@@ -58,20 +57,16 @@ def attend(
     Returns:
       y [B,T,N,H], k_cache and v_cache.
     """
-    options: Any = {"scale": scale, "window": window, "softcap": softcap}
-    if kernels.impl == "xla" and not kernels.write_first:
-        y = cached_attention(q, k, v, k_cache, v_cache, start, impl="xla", **options)
-        # The cache is written once it has been read: XLA would else copy it to be safe.
-        start = _after(start, y)
-        k_cache, v_cache = cache_update((k_cache, v_cache), (k, v), start, num_new, impl="xla")
-        return y, k_cache, v_cache
-
-    step = partial(_write_and_read, impl=kernels.impl, options=options)
-    if kernels.mesh is not None and kernels.impl != "xla":
-        heads, cache, rows = P("data", None, "model"), P("data", "model"), P("data")
-        step = jax.shard_map(  # a kernel sees one device's heads and rows
+    step = partial(
+        _attend,
+        kernels=kernels,
+        options={"scale": scale, "window": window, "softcap": softcap},
+    )
+    if kernels.layout.mesh is not None:  # a device sees its own heads and rows: nothing is sent
+        heads, cache, rows = map(kernels.layout.spec, ("BTNH", "BKSH", "B"))
+        step = jax.shard_map(
             step,
-            mesh=kernels.mesh,
+            mesh=kernels.layout.mesh,
             in_specs=(heads, heads, heads, cache, cache, rows, rows),
             out_specs=(heads, cache, cache),
             check_vma=False,  # a Pallas call does not say how its results vary
@@ -79,7 +74,7 @@ def attend(
     return step(q, k, v, k_cache, v_cache, start, num_new)
 
 
-def _write_and_read(
+def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -88,9 +83,16 @@ def _write_and_read(
     start: jax.Array,
     num_new: jax.Array,
     *,
-    impl: Impl,
+    kernels: Kernels,
     options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    impl = kernels.impl
+    if impl == "xla" and not kernels.write_first:
+        y = cached_attention(q, k, v, k_cache, v_cache, start, impl="xla", **options)
+        # The cache is written once it has been read: XLA would else copy it to be safe.
+        start = _after(start, y)
+        k_cache, v_cache = cache_update((k_cache, v_cache), (k, v), start, num_new, impl="xla")
+        return y, k_cache, v_cache
     # There is no GPU kernel that writes: XLA's scatter is one there.
     writer: Impl = "xla" if impl == "pallas_gpu" else impl
     k_cache, v_cache = cache_update((k_cache, v_cache), (k, v), start, num_new, impl=writer)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxinfer import cache, memory, sharding, steps
+from jaxinfer import cache, memory, steps
 from jaxinfer.attend import Kernels
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
@@ -21,6 +20,7 @@ from jaxinfer.model import Params, forward
 from jaxinfer.outputs import Stats, TokenLogprob
 from jaxinfer.requests import Request
 from jaxinfer.sampling import MAX_LOGPROBS, sampling_rows
+from jaxinfer.sharding import Layout, put
 from jaxinfer.speculative import round as speculative
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter
@@ -43,60 +43,69 @@ class Model:
     params: Params
     config: ModelConfig
     dtype: jnp.dtype  # of activations and cache
-    mesh: Mesh | None
+    layout: Layout
     vocab_limit: int  # ids from here on pad the logits
     impl: Impl = "xla"  # of the attention kernels
 
     @property
     def devices(self) -> list[jax.Device]:
         """Where the weights lie."""
-        return sorted(jax.tree.leaves(self.params)[0].devices(), key=lambda d: d.id)
+        return sorted(jax.tree.leaves(self.params)[0].sharding.device_set, key=lambda d: d.id)
 
     def kernels(self, exact: bool = False) -> Kernels:
         """How attention writes and reads a cache of this model."""
-        return Kernels(self.impl, write_first=exact, mesh=self.mesh)
+        return Kernels(self.impl, write_first=exact, layout=self.layout)
 
     def check_kernels(self) -> None:
         """Raise InvalidArgument where the kernels asked for do not cover this model."""
         if self.impl in ("xla", "auto"):  # one covers everything, the other gives way to it
             return
-        rows = self.mesh.shape["data"] if self.mesh else 1
+        rows = self.layout.parts("B")
 
-        def step(width: int) -> None:
+        def step(width: int, params: Params) -> None:
             held = cache.init_cache(
                 self.config, rows, cache.MAX_BLOCK, self.dtype, kernels=self.kernels()
             )
             num_new = jnp.full((rows,), width)
             tokens = jnp.zeros((rows, width), jnp.int32)
-            forward(self.params, tokens, num_new, held, config=self.config)
+            forward(params, tokens, num_new, held, config=self.config)
 
         try:
             for width in (1, cache.MAX_BLOCK):
-                jax.eval_shape(partial(step, width))
+                jax.eval_shape(partial(step, width), self.params)
         except UnsupportedError as error:
             raise InvalidArgument(f"kernels={self.impl!r}: {error}") from error
+
+    @property
+    def own_device(self) -> jax.Device:
+        """The first of the devices that belongs to this process."""
+        return next(d for d in self.devices if d.process_index == jax.process_index())
 
     def new_cache(self, batch: int, capacity: int, *, exact: bool = False) -> cache.KVCache:
         """An empty cache, refused with OutOfMemory where it cannot fit."""
         self.require_cache(batch, capacity)
-        where = sharding.sharding("BKSH", self.mesh) if self.mesh else None
-        return cache.init_cache(
-            self.config, batch, capacity, self.dtype, where, self.kernels(exact)
-        )
+        return self.empty_cache(batch, capacity, exact=exact)
+
+    def empty_cache(self, batch: int, capacity: int, *, exact: bool = False) -> cache.KVCache:
+        """An empty cache, or under `jax.eval_shape` its shapes."""
+        return cache.init_cache(self.config, batch, capacity, self.dtype, self.kernels(exact))
 
     def require_cache(self, batch: int, capacity: int) -> None:
         """Raise OutOfMemory unless there is room for such a cache."""
         memory.require(
-            cache.cache_bytes(self.config, batch, capacity, self.dtype),
+            cache.cache_bytes(self.config, batch, capacity, self.dtype)
+            // (self.layout.parts("B") * self.layout.parts("K")),
             f"a cache of {batch} rows x {capacity} tokens",
             "fewer prompts at once, shorter prompts or fewer max_tokens",
             self.devices,
         )
 
-    def place(self, run: speculative.Run) -> speculative.Run:
-        """`run` bound to the model's device, as every result of a step is: else the first call
-        would be another program than the next. A mesh binds the cache alone."""
-        return run if self.mesh else jax.device_put(run, self.devices[0])
+    def place(self, tree: Any) -> Any:
+        """Values of the host bound to the model's devices, as every result of a step is: else the
+        first call would be another program than the next. What lies there stays as it is."""
+        if self.layout.mesh:
+            return jax.tree.map(put, tree, cache.shardings(tree, self.layout))
+        return jax.device_put(tree, self.devices[0])
 
     def narrow(self, batch: int) -> int:
         """The cheapest T for one token a row: XLA:CPU runs a bfloat16 matrix times one row ten
@@ -106,7 +115,7 @@ class Model:
 
     def rows(self, count: int) -> int:
         """Batch size that holds `count` rows: a power of two, and a multiple of the data axis."""
-        data = self.mesh.shape["data"] if self.mesh else 1
+        data = self.layout.parts("B")
         return data * (1 << (-(-count // data) - 1).bit_length())
 
 
@@ -138,9 +147,42 @@ def new_run(
     capacity: int,
     logprobs: bool,
 ) -> speculative.Run:
-    """A batch before its prefill."""
-    size, width = len(prompts), speculation.drafter.max_draft
+    """A batch before its prefill, on the model's devices; OutOfMemory where it cannot fit."""
+    size = len(prompts)
+    model.require_cache(size, capacity)
     state_of_drafter = _drafter_state(speculation.drafter, size, capacity)
+    memory.require(
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_drafter)),
+        f"the drafter's memory of {size} rows x {capacity} tokens",
+        "fewer prompts at once, shorter prompts or fewer max_tokens, or another drafter",
+        model.devices,
+    )
+    run = make_run(
+        model,
+        speculation,
+        plan,
+        costs,
+        prompts=prompts,
+        limits=limits,
+        capacity=capacity,
+        logprobs=logprobs,
+    )
+    return model.place(run)
+
+
+def make_run(
+    model: Model,
+    speculation: Speculation,
+    plan: speculative.Plan,
+    costs: Costs,
+    *,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    capacity: int,
+    logprobs: bool,
+) -> speculative.Run:
+    """The arrays of `new_run`; under `jax.eval_shape` nothing but their shapes."""
+    size = len(prompts)
     tokens = np.zeros((size, capacity), np.int32)
     for b, prompt in enumerate(prompts):
         tokens[b, : len(prompt)] = prompt
@@ -153,7 +195,7 @@ def new_run(
         limit=jnp.asarray(limits, jnp.int32),
         done=jnp.asarray(lengths >= np.array(limits)),
         drafted=jnp.zeros((size, capacity), bool),
-        cache=model.new_cache(size, capacity, exact=speculation.exact),
+        cache=model.empty_cache(size, capacity, exact=speculation.exact),
         logprobs=steps.LogProbs(
             jnp.zeros(top[:2], jnp.float32), jnp.zeros(top, jnp.float32), jnp.zeros(top, jnp.int32)
         )
@@ -164,15 +206,9 @@ def new_run(
         drafted=jnp.zeros((size,), jnp.int32),
         widths=jnp.zeros((len(plan.widths),), jnp.int32),
     )
-    memory.require(
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_drafter)),
-        f"the drafter's memory of {size} rows x {capacity} tokens",
-        "fewer prompts at once, shorter prompts or fewer max_tokens, or another drafter",
-        model.devices,
-    )
-    own = speculation.drafter.init(size, capacity)
-    pace = new_pace(size, *costs.by_length(width, plan.widths))
-    return model.place(speculative.Run(state, own, pace, counts))
+    drafter = speculation.drafter
+    pace = new_pace(size, *costs.by_length(drafter.max_draft, plan.widths))
+    return speculative.Run(state, drafter.init(size, capacity), pace, counts)
 
 
 class Batch:
@@ -183,6 +219,7 @@ class Batch:
     ) -> None:
         self.model = model
         self.requests = requests
+        self.drafter = model.place(speculation.drafter)
         self.speculation = speculation
         self.costs = costs
         self.started = time.perf_counter()
@@ -203,12 +240,14 @@ class Batch:
             capacity=capacity_of(rows, speculation),
             logprobs=any(r.params.logprobs is not None for r in requests),
         )
-        self.sampling = sampling_rows(
-            [r.params for r in rows],
-            samples=[r.sample for r in rows],
-            seeds=[r.seed for r in rows],
-            stop_ids=[r.stop_ids for r in rows],
-            vocab_limit=model.vocab_limit,
+        self.sampling = model.place(
+            sampling_rows(
+                [r.params for r in rows],
+                samples=[r.sample for r in rows],
+                seeds=[r.seed for r in rows],
+                stop_ids=[r.stop_ids for r in rows],
+                vocab_limit=model.vocab_limit,
+            )
         )
 
     def prefill(self) -> None:
@@ -220,7 +259,7 @@ class Batch:
             self.run = speculative.prefill(
                 self.model.params,
                 self.run,
-                self.speculation.drafter,
+                self.drafter,
                 config=self.model.config,
                 width=width,
             )
@@ -238,8 +277,8 @@ class Batch:
             self.model.params,
             self.run,
             self.sampling,
-            self.speculation.drafter,
-            jnp.int32(max_new),
+            self.drafter,
+            np.int32(max_new),
             config=self.model.config,
             plan=self.plan,
         )

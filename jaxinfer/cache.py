@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.attend import XLA, Kernels
 from jaxinfer.config import LayerConfig, ModelConfig
+from jaxinfer.sharding import Layout
 
 TILE = 128  # slots that kernels take at a time: a ring has a multiple of it
 MAX_BLOCK = 512  # T, most tokens a row that one forward may feed where a layer has a window
@@ -77,6 +78,28 @@ class KVCache:
         return dataclasses.replace(self, layers=layers)
 
 
+def shardings(tree: Any, layout: Layout) -> Any:
+    """How the state of a batch lies, leaf by leaf: caches as their own layout says, everything else
+    whole on every device, where each does the same small work on it."""
+    whole: Any = layout.sharding()
+
+    def lay(x: Any) -> Any:
+        if not isinstance(x, KVCache):
+            return whole
+        cut: Any = x.kernels.layout.sharding("BKSH")
+        layers = tuple(LayerCache(cut, cut) for _ in x.layers)
+        return KVCache(layers, whole, x.kernels)
+
+    return jax.tree.map(lay, tree, is_leaf=lambda x: isinstance(x, KVCache))
+
+
+def pin(tree: Any, layout: Layout) -> Any:
+    """`tree`, inside a jitted step, laid as `shardings` says: a result lies as the argument did."""
+    if layout.mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, layout))
+
+
 def layer_slots(layer: LayerConfig, capacity: int) -> int:
     """S, slots of a layer in a cache for so many tokens."""
     if layer.window is None:
@@ -103,13 +126,13 @@ def init_cache(
     batch: int,
     capacity: int,
     dtype: jnp.dtype,
-    sharding: jax.sharding.Sharding | None = None,
     kernels: Kernels = XLA,
 ) -> KVCache:
     """An empty cache. Zeros, not uninitialised memory: a masked NaN times zero is still NaN."""
+    where = kernels.layout.sharding("BKSH") if kernels.layout.mesh else None
 
     def zeros(shape: tuple[int, ...]) -> jax.Array:  # one buffer each: donating one twice fails
-        return jnp.zeros(shape, dtype, device=sharding)
+        return jnp.zeros(shape, dtype, device=where)
 
     shapes = cache_shapes(config, batch, capacity)
     layers = tuple(LayerCache(zeros(shape), zeros(shape)) for shape in shapes)

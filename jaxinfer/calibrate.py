@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.batch import Model, new_run
 from jaxinfer.sampling import STREAM_SAMPLE, SamplingRows, greedy_rows, row_keys
@@ -39,7 +40,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
         capacity=capacity,
         logprobs=False,
     )
-    rows = greedy_rows(batch, model.vocab_limit)
+    rows, drafter = model.place((greedy_rows(batch, model.vocab_limit), drafter))
 
     def one_round(width: int, max_new: int) -> float:
         """Seconds of one round that may offer width - 1 tokens; max_new=0: of no round at all."""
@@ -61,7 +62,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
                 run,
                 rows,
                 drafter,
-                jnp.int32(max_new),
+                np.int32(max_new),
                 config=model.config,
                 plan=plan,
             )
@@ -89,7 +90,7 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
 
 def _draft_seconds(drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: int) -> float:
     """Seconds of one `propose`."""
-    wanted = jnp.full(rows.seed.shape, want, jnp.int32)
+    wanted = np.full(rows.seed.shape, want, np.int32)
 
     def propose() -> float:
         begin = time.perf_counter()

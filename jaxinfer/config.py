@@ -69,11 +69,26 @@ class ModelConfig:
     logit_softcap: float | None = None  # the same on the final logits
     embed_scale: float = 1.0  # multiplies the embeddings (sqrt(D) in Gemma)
     tied: bool = True  # the head is the embedding table
+    # (N, K) of the checkpoint, where `sharding.spread_heads` raised those above to fit a mesh.
+    checkpoint_heads: tuple[int, int] | None = None
 
     @property
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    @property
+    def kv_copies(self) -> int:
+        """How many times each key/value head stands; 1 unless they were spread over a mesh."""
+        n, k = self.checkpoint_heads or (self.num_heads, self.num_kv_heads)
+        return -(-(n // k) // (self.num_heads // self.num_kv_heads))
+
+    def real_size(self, axis: str) -> int:
+        """`size` without heads of zeros."""
+        if self.checkpoint_heads and axis in "NK":
+            n, k = self.checkpoint_heads
+            return n if axis == "N" else k * self.kv_copies
+        return self.size(axis)
 
     def size(self, axis: str) -> int:
         """Length of the axis with this letter: D, F, N, K, H or V."""

@@ -20,6 +20,7 @@ from jaxinfer.batch import Batch, Model, capacity_of
 from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
 from jaxinfer.config import ModelConfig
+from jaxinfer.distributed import agree
 from jaxinfer.drafters import check_drafter, make_drafter, make_speculation
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
@@ -27,6 +28,7 @@ from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piec
 from jaxinfer.prompts import Prompt, prompt_ids
 from jaxinfer.requests import Request, make_requests
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import Rules, fit_config, make_layout
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
@@ -54,6 +56,7 @@ class LLM:
         *,
         dtype: jnp.dtype,
         mesh: Mesh | None = None,
+        rules: Rules | None = None,
         kernels: Impl = "xla",
         max_len: int | None = None,
         max_batch: int = 32,
@@ -76,7 +79,12 @@ class LLM:
         self.default_params = default_params or SamplingParams()
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
-        self.model = Model(params, config, jnp.dtype(dtype), mesh, vocab_limit, kernels)
+        layout = make_layout(mesh, rules)
+        if fit_config(config, layout) != config:
+            raise InvalidArgument(
+                "the heads do not divide over the mesh: jaxinfer.load spreads them"
+            )
+        self.model = Model(params, config, jnp.dtype(dtype), layout, vocab_limit, kernels)
         self.model.check_kernels()
         self.num_draft = num_draft
         self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
@@ -247,7 +255,8 @@ class LLM:
         if key not in self._costs:
             capacity = capacity_of(rows, speculation)
             check_drafter(self.model, speculation, size, capacity, self.max_len)
-            self._costs[key] = measure(self.model, speculation, size, capacity)
+            # Processes that judged by times of their own would run different programs.
+            self._costs[key] = Costs(*agree(measure(self.model, speculation, size, capacity).pair))
         return self._costs[key]
 
     def _run(

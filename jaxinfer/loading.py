@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,13 @@ from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.drafters import NAMES
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
+from jaxinfer.quantize import Recipe
+from jaxinfer.sharding import Rules, make_layout, spread_note
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from pallas_kernels import Impl
+
+logger = logging.getLogger("jaxinfer")
 
 
 def load(
@@ -24,6 +29,8 @@ def load(
     *,
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    quantize: Recipe | None = None,
     kernels: Impl = "auto",
     drafter: DrafterLike = None,
     num_draft: int | Literal["auto"] | None = None,
@@ -41,6 +48,10 @@ def load(
       dtype: of weights, activations and cache: "float32", "bfloat16" or "float16"; None: what an
         Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
+      rules: what lies along which axis of the mesh, instead of `sharding.RULES`: {"hidden": None}
+        leaves hidden widths whole. A drafter given by name lies like the model.
+      quantize: None, or "int8": matrices in eight bits with a scale an output channel. Made for
+        accelerators; XLA:CPU widens such weights anew in every step and is slow with them.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
@@ -63,20 +74,33 @@ def load(
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
-    impl = _kernels(kernels, mesh, exact)
+    if quantize not in (None, *get_args(Recipe)):
+        raise InvalidArgument(f"quantize={quantize!r:.40}: None, {', '.join(get_args(Recipe))}")
+    impl, layout = _kernels(kernels, mesh, exact), make_layout(mesh, rules)
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
     path = hub.resolve(str(name), cache=folder)
     kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
     if isinstance(drafter, str | Path) and drafter not in NAMES:
-        drafter = load(drafter, dtype=kind, mesh=mesh, kernels=kernels, cache_dir=cache_dir)
-    checkpoint = load_checkpoint(path, dtype=kind, mesh=mesh)
+        drafter = load(
+            drafter,
+            dtype=kind,
+            mesh=mesh,
+            rules=rules,
+            quantize=quantize,
+            kernels=kernels,
+            cache_dir=cache_dir,
+        )
+    checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=quantize)
+    if note := spread_note(checkpoint.config):
+        logger.warning("%s: %s", name, note)
     return LLM(
         checkpoint.params,
         checkpoint.config,
         checkpoint.tokenizer,
         dtype=kind,
         mesh=mesh,
+        rules=rules,
         kernels=impl,
         max_len=max_len,
         max_batch=max_batch,

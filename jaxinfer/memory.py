@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,13 +32,17 @@ def container_bytes(group: Path, unlimited: int) -> int:
         return unlimited
 
 
-def require(needed: int, what: str, advice: str, devices: list[jax.Device]) -> None:
-    """Raise OutOfMemory unless `needed` bytes, spread over `devices`, are there."""
-    if {d.platform for d in devices} == {"cpu"}:
-        available = available_bytes(devices[0])  # virtual devices share the host's memory
+def require(needed: int, what: str, advice: str, devices: Sequence[jax.Device]) -> None:
+    """Raise OutOfMemory unless `needed` bytes are there on each of `devices` that this process has.
+
+    Virtual devices of a CPU share the host's memory.
+    """
+    own = [d for d in devices if d.process_index == jax.process_index()]
+    if {d.platform for d in own} == {"cpu"}:
+        needed, available, each = needed * len(own), available_bytes(own[0]), ""
     else:
-        available = sum(available_bytes(d) for d in devices)
+        available, each = min(map(available_bytes, own)), " a device" if len(own) > 1 else ""
     if needed > available:
         raise OutOfMemory(
-            f"{what} needs {needed:,} bytes and {available:,} are available: {advice}"
+            f"{what} needs {needed:,} bytes{each} and {available:,} are available: {advice}"
         )

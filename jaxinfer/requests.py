@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxinfer.distributed import agree
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.sampling import SamplingParams
 
@@ -55,12 +56,14 @@ def make_requests(
         raise InvalidArgument(
             f"{len(each)} params for {len(prompts)} prompts: give one for all, or one each"
         )
-    drawn = secrets.randbits(32)
+    # One for all rows, or one a prompt; on many processes those of the first.
+    count = len(each) * any(dataclasses.replace(p, **overrides).seed is None for p in each)
+    drawn = agree([secrets.randbits(32) for _ in range(count)])
     requests: list[Request] = []
     for i, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
         p = dataclasses.replace(given, **overrides)
         _check(prompt, p, max_len, vocab_size)
-        seed = p.seed if p.seed is not None else drawn if shared else secrets.randbits(32)
+        seed = p.seed if p.seed is not None else drawn[0 if shared else i]
         stop_ids = sorted({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)})
         limit = min(len(prompt) + p.max_tokens, max_len)
         first = i * p.n if shared else 0

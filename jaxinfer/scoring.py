@@ -28,9 +28,9 @@ def score(model: Model, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         tokens = _padded([row[at : at + width + 1] for row in ids], batch, width + 1)
         logp, held = steps.score(
             model.params,
-            jnp.asarray(tokens[:, :-1]),
-            jnp.asarray(tokens[:, 1:]),
-            jnp.asarray(np.clip(lengths - at, 0, width)),
+            tokens[:, :-1],
+            tokens[:, 1:],
+            np.clip(lengths - at, 0, width),
             held,
             config=model.config,
         )
@@ -59,8 +59,8 @@ def forward(model: Model, ids: Sequence[Sequence[int]], layers: Sequence[int]) -
         width = steps.bucket(longest - at, steps.PREFILL_WIDTHS)
         logits, hidden, held = steps.logits_and_states(
             model.params,
-            jnp.asarray(_padded([row[at : at + width] for row in ids], batch, width)),
-            jnp.asarray(np.clip(lengths - at, 0, width)),
+            _padded([row[at : at + width] for row in ids], batch, width),
+            np.clip(lengths - at, 0, width),
             held,
             config=model.config,
             layers=wanted,

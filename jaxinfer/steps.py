@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.cache import MAX_BLOCK, KVCache
+from jaxinfer.cache import MAX_BLOCK, KVCache, pin
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params, forward, forward_with_states, head
 from jaxinfer.sampling import History
@@ -94,7 +94,7 @@ def logits_and_states(
     hidden, cache, states = forward_with_states(
         params, tokens, num_new, cache, config=config, layers=layers
     )
-    return head(params, hidden, config=config), states, cache
+    return head(params, hidden, config=config), states, pin(cache, cache.kernels.layout)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -120,13 +120,13 @@ def score(
         return jnp.moveaxis(x.reshape(x.shape[0], -1, PREFILL_WIDTHS[0], *x.shape[2:]), 1, 0)
 
     scores = jnp.moveaxis(jax.lax.map(few, (split(hidden), split(targets))), 0, 1)
-    return scores.reshape(targets.shape), cache
+    return pin((scores.reshape(targets.shape), cache), cache.kernels.layout)
 
 
 @partial(jax.jit, static_argnames=("config", "capacity"))
 def grow(state: State, *, config: ModelConfig, capacity: int) -> State:
     """A copy with room for `capacity` tokens a row."""
-    return state.grow(config, capacity)
+    return pin(state.grow(config, capacity), state.cache.kernels.layout)
 
 
 def enable_compile_cache(folder: Path) -> None:

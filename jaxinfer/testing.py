@@ -7,10 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxinfer.checkpoint.placement import lay_params
 from jaxinfer.config import LayerConfig, ModelConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.model import init_params
+from jaxinfer.sharding import Rules, make_layout
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.tokenizer.base import Settings
 
@@ -65,6 +68,8 @@ def tiny_llm(
     *,
     dtype: str = "float32",
     max_batch: int = 32,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     kernels: Any = "xla",
     drafter: Any = None,
     num_draft: Any = None,
@@ -76,11 +81,14 @@ def tiny_llm(
     config = tiny_config(vocab_size, **fields)
     # A standard deviation at which the next token depends on the context and is not yet certain.
     params = init_params(config, jax.random.key(seed), jnp.dtype(dtype), std=0.3)
+    params, config = lay_params(params, config, make_layout(mesh, rules))
     return LLM(
         params,
         config,
         tiny_tokenizer(vocab_size),
         dtype=jnp.dtype(dtype),
+        mesh=mesh,
+        rules=rules,
         max_batch=max_batch,
         kernels=kernels,
         drafter=drafter,

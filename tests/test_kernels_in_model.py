@@ -70,19 +70,13 @@ MESH = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from jax.experimental.pallas import tpu as pltpu
-from jaxinfer.generate import LLM
-from jaxinfer.model import param_specs, ParamSpec
-from jaxinfer.sharding import make_mesh, sharding
+from jaxinfer.sharding import make_mesh
 from jaxinfer.testing import tiny_llm
 from tests.test_kernels_in_model import WIDE, tokens
 
-one = tiny_llm(**WIDE | dict(num_heads=4, num_kv_heads=2, width=32))
-mesh = make_mesh(model=2, data=2)
-params = jax.tree.map(
-    lambda spec, x: jax.device_put(x, sharding(spec.axes, mesh)),
-    param_specs(one.config), one.params, is_leaf=lambda x: isinstance(x, ParamSpec),
-)
-many = LLM(params, one.config, one.tokenizer, dtype="float32", mesh=mesh, kernels="pallas_tpu")
+fields = WIDE | dict(num_heads=4, num_kv_heads=2, width=32)
+one = tiny_llm(**fields)
+many = tiny_llm(**fields, mesh=make_mesh(model=2, data=2), kernels="pallas_tpu")
 with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
     assert tokens(many, temperature=0) == tokens(one, temperature=0)
 print("same")

@@ -26,11 +26,18 @@ from jaxinfer.checkpoint.names import (
     hf_prefix,
     unused,
 )
-from jaxinfer.checkpoint.parameters import check_tied_head, read_parameter
+from jaxinfer.checkpoint.parameters import check_tied_head, read_parts
 from jaxinfer.config import ModelConfig, Rope
 from jaxinfer.errors import CorruptFile, UnsupportedModel
 
 F32 = np.dtype(np.float32)
+
+
+def read_parameter(source, piece, shape, dtype):
+    whole = slice(0, piece.stop - piece.start), slice(0, math.prod(piece.source_shape[1:]))
+    return read_parts(source, piece, dtype, [whole])[0].reshape(shape)
+
+
 TINY = {
     **{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from jaxinfer import steps
 from jaxinfer.generate import LLM
 from jaxinfer.outputs import GenerationOutput
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import fetch
 from jaxinfer.speculative.drafter import Drafter
 
 LEVEL = 0.01  # a true null hypothesis is refused this often
@@ -156,17 +156,17 @@ def _logits(llm: LLM, text: Sequence[int], start: int, width: int) -> np.ndarray
     for first, count, size in blocks:
         for at in range(first, first + count, size):
             some = list(text[at : min(at + size, first + count)])
-            tokens = jnp.asarray([some + [0] * (size - len(some))], jnp.int32)
+            tokens = np.array([some + [0] * (size - len(some))], np.int32)
             logits, _, cache = steps.logits_and_states(
                 model.params,
                 tokens,
-                jnp.asarray([len(some)], jnp.int32),
+                np.array([len(some)], np.int32),
                 cache,
                 config=model.config,
                 layers=(),
             )
             if at >= start:
-                found.append(np.asarray(logits[0])[: len(some)])
+                found.append(fetch(logits)[0, : len(some)])
     return np.concatenate(found)
 
 

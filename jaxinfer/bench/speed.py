@@ -70,7 +70,7 @@ def compare(
       times in seconds, and ratios to plain decoding. `bench.plot.draw` makes a picture of it.
     """
     systems = {
-        "memory": bandwidth(llm.model.dtype, llm.model.devices[0]),
+        "memory": bandwidth(llm.model.dtype, llm.model.own_device),
         "plain": system(llm, None, max_tokens, exact=exact),
         **{name: system(llm, d, max_tokens, exact=exact) for name, d in drafters.items()},
         **(peers or {}),

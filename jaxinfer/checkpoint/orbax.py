@@ -16,17 +16,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxinfer.checkpoint import config_json
 from jaxinfer.checkpoint.fields import Fields
 from jaxinfer.checkpoint.generation_config import eos_ids
 from jaxinfer.checkpoint.json_file import read_json
-from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, nest, placement, require_room
+from jaxinfer.checkpoint.placement import (
+    Checkpoint,
+    flat_specs,
+    keep,
+    lay_params,
+    nest,
+    param_shapes,
+    require_room,
+)
 from jaxinfer.checkpoint.source import label, one_line
+from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
-from jaxinfer.model import param_dtype
+from jaxinfer.model import param_dtype, param_specs
+from jaxinfer.quantize import Quantized, Recipe
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import Layout, fit_config
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
 
 DESCRIPTION = "jaxinfer.json"
@@ -47,6 +57,10 @@ def save_orbax(folder: Path, checkpoint: Checkpoint) -> None:
     """
     import orbax.checkpoint as ocp
 
+    if checkpoint.config.checkpoint_heads:
+        raise InvalidArgument("these weights have heads spread over a mesh: load them without one")
+    if any(isinstance(x, Quantized) for x in checkpoint.params["embed"].values()):
+        raise InvalidArgument("quantized weights cannot be written yet: convert the model as it is")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -73,7 +87,9 @@ def stored_dtype(folder: Path) -> str:
     return Fields(read_json(folder / DESCRIPTION), DESCRIPTION).choice("dtype", None, DTYPES)
 
 
-def load_orbax(folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoint:
+def load_orbax(
+    folder: Path, *, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
+) -> Checkpoint:
     """Load what `save_orbax` wrote; weights of another dtype are cast as they are read."""
     where = DESCRIPTION
     fields = Fields(read_json(folder / DESCRIPTION), where)
@@ -81,7 +97,11 @@ def load_orbax(folder: Path, *, dtype: jnp.dtype, mesh: Mesh | None) -> Checkpoi
     config = config_json.from_fields(fields.table("config"), where)
     sampling = _sampling(fields.get("sampling", {}), where)
     ends = eos_ids(fields.values, where=where)
-    params = _read_weights(folder / WEIGHTS, config, dtype, mesh)
+    params = _read_weights(folder / WEIGHTS, config, dtype, layout)
+    params, config = lay_params(params, config, layout)
+    if quantize:
+        shapes = nest(param_shapes(config, dtype, layout, quantize))
+        params = jax.tree.map(keep, params, param_specs(config), shapes)
     return Checkpoint(params, config, load_tokenizer(folder), sampling, ends)
 
 
@@ -92,16 +112,23 @@ def _sampling(values: Any, where: str) -> SamplingParams:
         raise CorruptFile(f"{where}: sampling: {one_line(error, 90)}") from error
 
 
-def _read_weights(folder: Path, config: Any, dtype: jnp.dtype, mesh: Mesh | None) -> Any:
+def _read_weights(folder: Path, config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> Any:
     import orbax.checkpoint as ocp
 
-    specs = flat_specs(config)
-    require_room(config, specs, dtype, mesh)
+    fitted = fit_config(config, layout)
+    require_room(param_shapes(fitted, dtype, layout), layout)
+    specs, final = flat_specs(config), flat_specs(fitted)
+    # Heads that are yet to be spread do not divide: until then their weights lie cut along D.
+    divides = config.width % layout.parts("N") == 0
+    cuts = tuple(("D", along) for letter, along in layout.cuts if letter == "N" and divides)
+    aside = dataclasses.replace(layout, cuts=cuts)
     if not folder.is_dir():
         raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
     wanted = {
         path: jax.ShapeDtypeStruct(
-            spec.shape, param_dtype(path, dtype), sharding=placement(spec, mesh)
+            spec.shape,
+            param_dtype(path, dtype),
+            sharding=(layout if spec == final[path] else aside).sharding(spec.axes),
         )
         for path, spec in specs.items()
     }

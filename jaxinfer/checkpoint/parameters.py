@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,36 +16,70 @@ CHUNK_BYTES = 16 << 20
 ALIGNMENT = 64  # bytes; from such an address jax on CPU takes an array over without a copy
 
 
-def read_parameter(
-    source: TensorSource, piece: Piece, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    """Read, dequantize, cast and reorder one parameter.
+Select = slice | np.ndarray  # features of a matrix: a range, or numbers of which -1 are zeros
 
-    Peak memory is the result and about `CHUNK_BYTES`.
+
+def read_parts(
+    source: TensorSource, piece: Piece, dtype: np.dtype, parts: Sequence[tuple[Select, Select]]
+) -> list[np.ndarray]:
+    """Read, dequantize, cast and reorder parts of one parameter.
+
+    The file is read once, whatever the parts; peak memory is the result and about `CHUNK_BYTES`.
 
     Args:
       source: the checkpoint.
       piece: which tensor and rows; `names.check` has compared its shape with the tensor's.
-      shape: of the result: its elements in order are the piece's rows, or its columns.
       dtype: of the result.
+      parts: which OUT and which IN features of the piece, each.
 
     Returns:
-      [*shape] `dtype`, aligned for jax.
+      A matrix of `dtype` a part, aligned for jax: [OUT,IN], or [IN,OUT] where piece.transposed.
     """
     count, columns = piece.stop - piece.start, math.prod(piece.source_shape[1:])
-    out = aligned_empty((columns, count) if piece.transposed else (count, columns), dtype)
-    by_row = out.T if piece.transposed else out
-    step = max(1, CHUNK_BYTES // (columns * out.itemsize))
+    matrices, targets = [], []
+    for rows, cols in parts:
+        shape = _count(rows), _count(cols)
+        matrix = aligned_empty(shape[::-1] if piece.transposed else shape, dtype)
+        if isinstance(rows, np.ndarray) or isinstance(cols, np.ndarray):
+            matrix[...] = 0
+        matrices.append(matrix)
+        targets.append(matrix.T if piece.transposed else matrix)
+
+    step = max(1, CHUNK_BYTES // (columns * np.dtype(dtype).itemsize))
     if piece.interleaved:  # whole heads
         step = max(1, step // piece.interleaved) * piece.interleaved
     for start in range(0, count, step):
-        rows = by_row[start : start + step]
-        a = piece.start + start
-        chunk = source.read(piece.source, a, a + len(rows), out.dtype).reshape(rows.shape)
-        rows[...] = deinterleave(chunk, piece.interleaved) if piece.interleaved else chunk
-    if piece.add_one:
-        out += np.ones((), out.dtype)
-    return out.reshape(shape)
+        stop = min(start + step, count)
+        taken = [_within(rows, start, stop) for rows, _ in parts]
+        if not any(_count(here) for here, _ in taken):
+            continue
+        a, b = piece.start + start, piece.start + stop
+        chunk = source.read(piece.source, a, b, np.dtype(dtype)).reshape(stop - start, columns)
+        if piece.interleaved:
+            chunk = deinterleave(chunk, piece.interleaved)
+        for target, (here, there), (_, cols) in zip(targets, taken, parts, strict=True):
+            if isinstance(cols, slice):
+                target[there] = chunk[here, cols]
+            else:  # columns of zeros stay as they are
+                real = cols >= 0
+                target[there, real] = chunk[here][:, cols[real]]
+    for matrix in matrices if piece.add_one else ():
+        matrix += np.ones((), matrix.dtype)
+    return matrices
+
+
+def _count(select: Select) -> int:
+    return select.stop - select.start if isinstance(select, slice) else len(select)
+
+
+def _within(rows: Select, start: int, stop: int) -> tuple[Select, Select]:
+    """Those of `rows` in start:stop: where in the chunk that begins at start, where in the part."""
+    if isinstance(rows, slice):
+        a, b = max(rows.start, start), min(rows.stop, stop)
+        b = max(a, b)
+        return slice(a - start, b - start), slice(a - rows.start, b - rows.start)
+    there = np.flatnonzero((rows >= start) & (rows < stop))
+    return rows[there] - start, there
 
 
 def deinterleave(chunk: np.ndarray, head_dim: int) -> np.ndarray:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+import numpy as np
 
 from jaxinfer import memory
+from jaxinfer.checkpoint.parameters import Select
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params, ParamSpec, param_dtype, param_specs
+from jaxinfer.quantize import Quantized, Recipe
+from jaxinfer.quantize import quantize as quantized
 from jaxinfer.sampling import SamplingParams
-from jaxinfer.sharding import check_divisible, sharding
+from jaxinfer.sharding import Layout, fit_config, head_sources, put
 from jaxinfer.tokenizer import Tokenizer
 
 
@@ -49,18 +54,110 @@ def nest(flat: dict[str, Any]) -> Params:
     return out
 
 
-def placement(spec: ParamSpec, mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where a parameter lies."""
-    return sharding(spec.axes, mesh) if mesh else SingleDeviceSharding(jax.devices()[0])
+def matrix_part(
+    spec: ParamSpec, transposed: bool, index: Sequence[slice], heads: Mapping[str, np.ndarray]
+) -> tuple[Select, Select]:
+    """A part of a parameter, as OUT and IN features of the checkpoint's matrix.
+
+    Args:
+      spec: the parameter; its leading letters are IN features where `transposed`, else OUT.
+      transposed: as the parameter's `names.Piece` says.
+      index: the part, a slice an axis, as shardings give it.
+      heads: as `sharding.head_sources` gives it.
+    """
+    split = 1 if spec.axes == "VD" else len(spec.inputs if transposed else spec.axes)
+    parts = [slice(*cut.indices(size)) for cut, size in zip(index, spec.shape, strict=True)]
+    first = _features(spec, parts, range(split), heads)
+    second = _features(spec, parts, range(split, len(parts)), heads)
+    return (second, first) if transposed else (first, second)
 
 
-def require_room(
-    config: ModelConfig, specs: dict[str, ParamSpec], dtype: jnp.dtype, mesh: Mesh | None
-) -> None:
-    """Before a read: OutOfMemory or InvalidArgument unless the weights fit the devices."""
-    if mesh:
-        check_divisible(config, mesh)
-    needed = sum(math.prod(s.shape) * param_dtype(p, dtype).itemsize for p, s in specs.items())
-    devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
-    advice = "a smaller model, dtype=bfloat16 or more devices (mesh=)"
-    memory.require(needed, f"the weights in {jnp.dtype(dtype).name}", advice, devices)
+def _features(
+    spec: ParamSpec, parts: Sequence[slice], axes: range, heads: Mapping[str, np.ndarray]
+) -> Select:
+    """Numbers of the features in these parts of these axes, counted as the checkpoint has them."""
+    if len(axes) == 1 and spec.axes[axes[0]] not in heads:
+        return parts[axes[0]]
+    numbers = np.zeros(1, np.int64)
+    for i in axes:
+        letter, size = spec.axes[i], spec.shape[i]
+        own = np.arange(size) if letter not in heads else heads[letter]
+        here = own[parts[i]]
+        # Behind a head of zeros every channel is zero.
+        joint = numbers[:, None] * size + here
+        numbers = np.where((numbers[:, None] < 0) | (here < 0), -1, joint).reshape(-1)
+    if (numbers[0] >= 0) and (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
+
+
+def lay_params(params: Params, config: ModelConfig, layout: Layout) -> tuple[Params, ModelConfig]:
+    """Weights that are in memory, on the devices of a layout; and the config that they then have.
+
+    Whatever is not on those devices yet is put whole on each of them first, one at a time.
+    """
+    fitted = fit_config(config, layout)
+    heads = head_sources(fitted)
+
+    def move(spec: ParamSpec, x: jax.Array) -> jax.Array:
+        where = layout.sharding(spec.axes)
+        if not set(heads) & set(spec.axes):
+            return put(x, where)
+        spread = partial(_spread_heads, axes=spec.axes, heads=heads)
+        return jax.jit(spread, out_shardings=where)(put(x, layout.sharding()))
+
+    specs = param_specs(config)
+    return jax.tree.map(move, specs, params, is_leaf=lambda x: isinstance(x, ParamSpec)), fitted
+
+
+def _spread_heads(x: jax.Array, *, axes: str, heads: Mapping[str, np.ndarray]) -> jax.Array:
+    for i, letter in enumerate(axes):
+        if letter in heads:
+            source = heads[letter]
+            x = jnp.take(x, np.maximum(source, 0), axis=i)
+            real = (source >= 0).reshape([-1] + [1] * (x.ndim - 1 - i))
+            x = jnp.where(real, x, jnp.zeros((), x.dtype))
+    return x
+
+
+def param_shapes(
+    config: ModelConfig, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
+) -> dict[str, Any]:
+    """Path of each parameter -> what it will be: shapes, dtypes and shardings, without an array."""
+
+    def one(path: str, spec: ParamSpec) -> Any:
+        kind = param_dtype(path, dtype)
+        if quantize is None or not path.endswith(("kernel", "table")):
+            return _shape(spec.shape, spec.axes, kind)
+        rest = [i for i in range(len(spec.shape)) if i not in spec.inputs]
+        scale = tuple(spec.shape[i] for i in rest), "".join(spec.axes[i] for i in rest)
+        values: Any = _shape(spec.shape, spec.axes, jnp.int8)
+        return Quantized(values, _shape(*scale, jnp.float32), kind)
+
+    def _shape(shape: tuple[int, ...], axes: str, kind: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(axes))
+
+    return {path: one(path, spec) for path, spec in flat_specs(config).items()}
+
+
+def keep(x: jax.Array, spec: ParamSpec, shape: Any) -> Any:
+    """A parameter as its entry of `param_shapes` says."""
+    if not isinstance(shape, Quantized):
+        return x
+    where = jax.tree.map(lambda leaf: leaf.sharding, shape)
+    return jax.jit(partial(quantized, inputs=spec.inputs), out_shardings=where)(x)
+
+
+def bytes_a_device(shapes: Any) -> int:
+    """Bytes that each device holds of arrays with these shapes and shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
+    )
+
+
+def require_room(shapes: Mapping[str, Any], layout: Layout) -> None:
+    """Before a read: OutOfMemory unless the weights fit the devices."""
+    devices = sorted(layout.sharding().device_set, key=lambda d: d.id)  # type: ignore[attr-defined]
+    advice = "a smaller model, dtype=bfloat16, quantize=int8 or more devices (mesh=)"
+    memory.require(bytes_a_device(shapes), "the weights", advice, devices)

@@ -96,6 +96,25 @@ def fetch(
     return cache / folder
 
 
+def fetch_config(
+    repo: str, revision: str | None, cache: Path, *, endpoint: str | None, seconds: float
+) -> Path:
+    """Downloads config.json of `repo` and nothing else; the folder that holds it. Raises as `fetch`
+    does, ModelNotFound where there is none."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint)
+    label = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    with _hub_errors(label), disk_errors(cache):
+        path = _within(
+            4 * seconds,  # the answer and a small file
+            lambda: api.hf_hub_download(
+                repo, "config.json", revision=revision, cache_dir=cache / "hub"
+            ),
+        )
+    return Path(path).parent
+
+
 def wanted(label: str, files: Iterable[str]) -> list[str]:
     """The files of a repository that loading needs: those at its root that are no pickles.
 

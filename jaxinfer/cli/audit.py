@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from jaxinfer.cli.model_flags import (
+    define_mesh_flags,
     define_model_flags,
     define_speculation_flags,
     load_model,
@@ -33,6 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
     to: dict[str, Any] = {"flag_values": values}
     define_model_flags(values)
+    define_mesh_flags(values)
     define_speculation_flags(values)
     values["drafter"].default = values["drafter"].value = "ngram"
     flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)

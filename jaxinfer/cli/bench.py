@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from jaxinfer.cli.model_flags import (
+    define_mesh_flags,
     define_model_flags,
     draft_length,
     load_drafter,
@@ -33,6 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
     to: dict[str, Any] = {"flag_values": values}
     define_model_flags(values)
+    define_mesh_flags(values)
     flags.DEFINE_list(
         "drafters", ["ngram"], "ngram, self, models by name; none: plain alone.", **to
     )
@@ -56,6 +58,7 @@ def run(values: flags.FlagValues) -> None:
         if count < 1:
             raise InvalidArgument(f"--{name}={count}: must be 1 or more")
     draft_length(values.num_draft)
+    from jaxinfer import distributed
     from jaxinfer.bench import peers, plot, speed
     from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, read_prompts
     from jaxinfer.checkpoint import hub
@@ -86,7 +89,7 @@ def run(values: flags.FlagValues) -> None:
     )
     result = {"model": values.model, "load_seconds": load_seconds, **measured}
     print(json.dumps(result) if values.json else table(result))
-    if values.plot:
+    if values.plot and distributed.is_first():
         plot.draw(result, values.plot)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from jaxinfer.cli.model_flags import (
+    define_mesh_flags,
     define_model_flags,
     define_speculation_flags,
     load_model,
@@ -50,6 +51,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
     to: dict[str, Any] = {"flag_values": values}
     define_model_flags(values)
+    define_mesh_flags(values)
     define_speculation_flags(values)
     flags.DEFINE_multi_string("prompt", [], "Text to continue or answer; repeatable.", **to)
     flags.DEFINE_string("prompt_file", None, "A file with a prompt a line; - is stdin.", **to)

@@ -5,24 +5,27 @@ Commands:
   convert    write a model as an Orbax checkpoint, which loads straight to shardings
   bench      measure tokens per second, plain and with drafters
   audit      prove that a drafter does not change what a model says
+  plan       say whether a model fits a machine, and how fast at best
 
 `jaxinfer COMMAND --help` lists the flags of a command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 
 import jaxinfer
-from jaxinfer.errors import JaxinferError
+from jaxinfer.errors import JaxinferError, OutOfMemory
 
-COMMANDS = ("generate", "convert", "bench", "audit")
+COMMANDS = ("generate", "convert", "bench", "audit", "plan")
 HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 
@@ -49,18 +52,48 @@ def main(argv: Sequence[str]) -> int:
         extra = values([name, *rest])[1:]
         if extra:
             raise flags.Error(f"{extra[0]!r} is no flag; flags look like --prompt='...'")
-        return command.run(values) or 0
+        if getattr(values, "distributed", False):
+            return _run_together(command, values)
+        with _out_of_memory_in_one_line():
+            return command.run(values) or 0
     except (flags.Error, JaxinferError) as error:
         return _complain(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _complain(f"out of memory: {error}: fewer or shorter prompts, or a smaller model")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of stdout has gone: not a fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _run_together(command: Any, values: flags.FlagValues) -> int:
+    """The command in one of many processes: only the first writes to stdout."""
+    from jaxinfer import distributed
+
+    results = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(2, 1)  # the library that connects CPUs writes there by itself
+    sys.stdout = results
+    with distributed.start(values.coordinator, values.num_processes, values.process_id):
+        if not distributed.is_first():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+        try:
+            with _out_of_memory_in_one_line():
+                return command.run(values) or 0
+        except BrokenPipeError:  # the reader of stdout has gone
+            sys.exit(141)
+        finally:
+            sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _out_of_memory_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory: {error}: fewer or shorter prompts, or a smaller model"
+        ) from error
 
 
 def _describe(values: flags.FlagValues) -> str:

@@ -17,9 +17,37 @@ def define_model_flags(values: flags.FlagValues) -> None:
     to: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", DEFAULT_MODEL, "Alias, hf://org/name, folder or .gguf file.", **to)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
+    flags.DEFINE_string("quantize", None, "int8: matrices in eight bits; default: as dtype.", **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
+
+
+def define_mesh_flags(values: flags.FlagValues) -> None:
+    """Define the flags that spread a model over devices, and over processes."""
+    to: dict[str, Any] = {"flag_values": values}
+    what = "DATAxMODEL devices, such as 1x8: rows over DATA, weights over MODEL."
+    flags.DEFINE_string("mesh", None, what, **to)
+    what = "This is one of many processes, all started with the same flags."
+    flags.DEFINE_boolean("distributed", False, what, **to)
+    what = "host:port of process 0; with the next two, where JAX finds none."
+    flags.DEFINE_string("coordinator", None, what, **to)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", **to)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", **to)
+
+
+def make_mesh(text: str | None) -> Any:
+    """The mesh that --mesh says; of many processes all devices, where it says nothing."""
+    import jax
+
+    import jaxinfer
+
+    if text is None:
+        return jaxinfer.make_mesh(model=jax.device_count()) if jax.process_count() > 1 else None
+    data, _, model = text.partition("x")
+    if not (data.isdecimal() and model.isdecimal()):
+        raise InvalidArgument(f"--mesh={text}: DATAxMODEL, such as 1x8")
+    return jaxinfer.make_mesh(data=int(data), model=int(model))
 
 
 def define_speculation_flags(values: flags.FlagValues) -> None:
@@ -58,7 +86,9 @@ def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
     other = (
         name
         if name in NAMES
-        else jaxinfer.load(name, dtype=llm.model.dtype, kernels=llm.model.impl)
+        else jaxinfer.load(
+            name, dtype=llm.model.dtype, kernels=llm.model.impl, mesh=llm.model.layout.mesh
+        )
     )
     return llm.speculation(other, draft_length(num_draft)).drafter
 
@@ -79,9 +109,12 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
         raise InvalidArgument(
             f"--device={values.device or 'default'} is not there: {error}"
         ) from error
+    if "mesh" in values:
+        options["mesh"] = make_mesh(values.mesh)
     return jaxinfer.load(
         values.model,
         dtype=values.dtype,
+        quantize=values.quantize,
         kernels=values.kernels,
         max_len=values.max_len,
         **options,

@@ -17,6 +17,11 @@ class Costs:
     verify_seconds: tuple[float, ...] = ()  # of a round at each of the plan's widths, no drafting
     draft_seconds: tuple[float, float] = (0.0, 0.0)  # of drafting no token, and M tokens
 
+    @property
+    def pair(self) -> tuple[tuple[float, ...], tuple[float, float]]:
+        """Both fields."""
+        return self.verify_seconds, self.draft_seconds
+
     def by_length(self, size: int, widths: Sequence[int]) -> tuple[jax.Array, jax.Array]:
         """Seconds [M+1] of verifying, and of drafting, 0 .. M = size tokens."""
         which = np.searchsorted(np.asarray(widths), np.arange(size + 1) + 1)

@@ -128,6 +128,11 @@ class ModelDrafter(Drafter, kw_only=True):
     def _logits(self, hidden: jax.Array, vocab: int) -> jax.Array:
         """Logits [B,T,V] over the target's ids; what the drafter cannot say has -inf."""
         own = head(self.params, hidden, config=self.config)  # [B,T,U]
+        if self.vocab.target is None:  # nothing moves: on a mesh each device keeps its part
+            missing = max(0, vocab - own.shape[2])
+            return jnp.pad(
+                own[..., :vocab], [(0, 0), (0, 0), (0, missing)], constant_values=-jnp.inf
+            )
         nothing = jnp.full((*own.shape[:2], vocab), -jnp.inf)
         return nothing.at[..., self.vocab.target].set(own, mode="drop")
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.cache import pin
 from jaxinfer.config import ModelConfig
 from jaxinfer.model import Params, forward, head
 from jaxinfer.sampling import (
@@ -27,6 +28,7 @@ from jaxinfer.sampling import (
     process_logits,
     row_keys,
 )
+from jaxinfer.sharding import Layout
 from jaxinfer.speculative.drafter import Draft, Drafter
 from jaxinfer.speculative.pace import Pace
 from jaxinfer.speculative.verify import VERIFIERS, Accepted
@@ -77,7 +79,7 @@ def prefill(params: Params, run: Run, drafter: Drafter, *, config: ModelConfig, 
     hidden, cache = forward(params, tokens, num_new, state.cache, config=config)
     state = dataclasses.replace(state, cache=cache)
     own = drafter.observe(run.drafter, state.history, num_new, hidden)
-    return dataclasses.replace(run, state=state, drafter=own)
+    return pin(dataclasses.replace(run, state=state, drafter=own), cache.kernels.layout)
 
 
 @partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("run",))
@@ -100,7 +102,7 @@ def rounds(
         return room & ~jnp.all(state.done) & (jnp.max(state.num_tokens - before) < max_new)
 
     step = partial(_round, params, rows, drafter, config=config, plan=plan)
-    return jax.lax.while_loop(running, step, run)
+    return pin(jax.lax.while_loop(running, step, run), run.state.cache.kernels.layout)
 
 
 def _round(
@@ -148,12 +150,13 @@ def _round(
         drafted=run.counts.drafted + draft.num,
         widths=run.counts.widths.at[which].add(1),
     )
-    return Run(
+    after = Run(
         state=state,
         drafter=drafter.observe(own, state.history, num_new, hidden),
         pace=pace.update(num_accepted, judged),
         counts=counts,
     )
+    return pin(after, state.cache.kernels.layout)
 
 
 def _if(condition: jax.Array, step: Callable[[Any], Any], carry: Any) -> Any:
@@ -237,7 +240,7 @@ def _commit(
     logprobs = state.logprobs
     if logprobs is not None:
         logp = logp[:, :size]
-        top, top_ids = jax.lax.top_k(logp, logprobs.top.shape[-1])
+        top, top_ids = _top_k(logp, logprobs.top.shape[-1], state.cache.kernels.layout)
         chosen = jnp.take_along_axis(logp, kept.tokens[..., None], axis=-1)[..., 0]
         logprobs = jax.tree.map(
             lambda old, new: _write(old, state.num_tokens, new, count),
@@ -252,6 +255,25 @@ def _commit(
         done=state.done | ((count == to_end) & (count > 0)) | (num_tokens >= state.limit),
         logprobs=logprobs,
     ), count
+
+
+def _top_k(logp: jax.Array, k: int, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """The k largest [B,T,k] of logp [B,T,V], and their ids; of each device's part first, since XLA
+    has a top-k of whole rows only."""
+    along = layout.along("V")
+    if layout.mesh is None or along is None:
+        return jax.lax.top_k(logp, k)
+    width = logp.shape[-1] // layout.parts("V")
+
+    def some(logp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top, ids = jax.lax.top_k(logp, min(k, width))
+        return top, ids + width * jax.lax.axis_index(along)
+
+    cut = layout.spec("BTV")
+    parts = jax.shard_map(some, mesh=layout.mesh, in_specs=cut, out_specs=(cut, cut))
+    found, ids = parts(logp)  # [B,T,parts * k]
+    top, where = jax.lax.top_k(found, k)
+    return top, jnp.take_along_axis(ids, where, axis=-1)
 
 
 def _write(old: jax.Array, at: jax.Array, new: jax.Array, num: jax.Array) -> jax.Array:

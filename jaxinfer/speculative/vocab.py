@@ -28,16 +28,14 @@ class VocabMap(NamedTuple):
     """Between the ids of a target (V) and of its drafter (U)."""
 
     own: jax.Array  # [V,E] i32, the drafter's ids for a token of the target, then -1
-    target: jax.Array  # [U] i32, the target's id of the drafter's token; V: none
+    # [U] i32, the target's id of the drafter's token; V: none. None: the same id.
+    target: jax.Array | None
 
 
 def identity(size: int, own_size: int) -> VocabMap:
     """The same tokenizer behind logits of `size` and of `own_size`, which may be padded."""
     ids = jnp.arange(size, dtype=jnp.int32)
-    target = jnp.arange(own_size, dtype=jnp.int32)
-    return VocabMap(
-        jnp.where(ids < own_size, ids, -1)[:, None], jnp.where(target < size, target, size)
-    )
+    return VocabMap(jnp.where(ids < own_size, ids, -1)[:, None], None)
 
 
 def map_vocabularies(
