@@ -33,6 +33,7 @@ _HOMES = {
     "make_mesh": "sharding",
     "plan": "planner.plan",
 }
+_ROOMS = ("distributed", "sharding", "speculative", "testing")  # modules to use as they are
 
 __all__ = [  # noqa: RUF022 - in the order a reader meets them
     "load",
@@ -49,10 +50,10 @@ __all__ = [  # noqa: RUF022 - in the order a reader meets them
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"jaxinfer.{_HOMES[name]}"), name)
-    if name in ("testing", "speculative"):
+    if name in _ROOMS:
         return importlib.import_module(f"jaxinfer.{name}")
     raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, "speculative", "testing"])
+    return sorted([*globals(), *_HOMES, *_ROOMS])

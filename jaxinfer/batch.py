@@ -114,9 +114,14 @@ class Model:
         return 2 if alone and self.dtype == jnp.bfloat16 else 1
 
     def rows(self, count: int) -> int:
-        """Batch size that holds `count` rows: a power of two, and a multiple of the data axis."""
-        data = self.layout.parts("B")
-        return data * (1 << (-(-count // data) - 1).bit_length())
+        """Batch size that holds `count` rows."""
+        return batch_rows(count, self.layout)
+
+
+def batch_rows(count: int, layout: Layout) -> int:
+    """Batch size that holds `count` rows: a power of two for each device along the batch."""
+    parts = layout.parts("B")
+    return parts * (1 << (-(-count // parts) - 1).bit_length())
 
 
 def capacity_of(rows: Sequence[Request], speculation: Speculation) -> int:

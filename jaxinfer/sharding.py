@@ -66,7 +66,7 @@ class Layout:
     def sharding(self, axes: str = "") -> jax.sharding.Sharding:
         """The same, with the devices; of no letters: whole on every device."""
         if self.mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
+            return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(self.mesh, self.spec(axes))
 
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:

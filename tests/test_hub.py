@@ -222,6 +222,24 @@ def test_bad_names_are_refused_without_asking_the_hub(tmp_path, fake, name, word
     assert fake.asked == []
 
 
+def test_a_config_alone(tmp_path, fake):
+    sources = hub.Sources(endpoint=fake.address)
+    folder = hub.resolve_config("hf://org/tiny", cache=tmp_path, sources=sources)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    assert (folder / "config.json").read_bytes() == fake.files["config.json"]
+    whole = hub.resolve("hf://org/tiny", cache=tmp_path, sources=sources)
+    assert (whole / "model.safetensors").exists()  # a part was not taken for the whole
+    fake.asked.clear()
+    assert hub.resolve_config("hf://org/tiny", cache=tmp_path, sources=sources) == whole
+    assert fake.asked == []
+    assert hub.resolve_config(str(whole)) == whole
+    with pytest.raises(InvalidArgument, match="not a branch"):
+        hub.resolve_config("hf://org/tiny@../x", cache=tmp_path, sources=sources)
+    del fake.files["config.json"]
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        hub.resolve_config("hf://org/tiny", cache=tmp_path / "other", sources=sources)
+
+
 @pytest.mark.parametrize(
     "revision", ["../../x", "a..b", "-x", "a//b", "a b", "a\n", "x" * 201, ".hidden", "/etc"]
 )

@@ -56,6 +56,11 @@ def test_arithmetic_that_can_be_done_by_hand():
     assert made.tokens_per_s["speculative"] == pytest.approx(drafts)
 
 
+def test_rows_come_in_powers_of_two():
+    five, eight = (plan("llama-3-8b", "h100:1", batch=n).bytes_per_chip for n in (5, 8))
+    assert five.cache == eight.cache
+
+
 def test_a_second_model_takes_its_share():
     alone = plan("qwen3-8b", "h100:1")
     both = plan("qwen3-8b", "h100:1", drafter="qwen3-0.6b")

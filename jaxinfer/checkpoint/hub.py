@@ -89,9 +89,7 @@ def resolve(
                 raise InvalidArgument(f"{path}: a local path has no revision ({revision!r})")
             return _local(Path(path))
         repo, revision = _repository(name, revision, sources.aliases)
-    if revision is not None and not _REVISION.fullmatch(revision):
-        raise InvalidArgument(f"revision {revision[:80]!r}: not a branch, tag or commit")
-
+    _check_revision(revision)
     cache = cache_dir() if cache is None else Path(cache)
     if found := snapshot.cached(repo, revision, cache):
         return found
@@ -130,10 +128,16 @@ def resolve_config(name: str, *, cache: Path | None = None, sources: Sources = _
     if name and not name.startswith("hf://") and os.path.exists(path):
         return _local(Path(path))
     repo, revision = _repository(name, None, sources.aliases)
+    _check_revision(revision)
     cache = cache_dir() if cache is None else Path(cache)
     return snapshot.cached(repo, revision, cache) or snapshot.fetch_config(
         repo, revision, cache, endpoint=sources.endpoint, seconds=sources.hub_seconds
     )
+
+
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise InvalidArgument(f"revision {revision[:80]!r}: not a branch, tag or commit")
 
 
 def wheel_file(name: str, *, cache: Path | None = None, sources: Sources = _SOURCES) -> Path:

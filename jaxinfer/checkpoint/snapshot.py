@@ -17,7 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from jaxinfer.checkpoint.store import atomic_file, disk_errors
@@ -60,15 +60,7 @@ def fetch(
     label = f"hf://{repo}" + (f"@{revision}" if revision else "")
     with disk_errors(cache):
         (cache / "snapshots").mkdir(parents=True, exist_ok=True)
-    with _hub_errors(label):
-        info = _within(
-            seconds,
-            lambda: api.model_info(repo, revision=revision, timeout=seconds, files_metadata=True),
-        )
-    sizes = {file.rfilename: file.size for file in info.siblings or ()}
-    commit = info.sha or ""
-    if not re.fullmatch("[0-9a-f]{40}", commit):
-        raise CorruptFile(f"{label}: the hub names no commit ({commit[:80]!r})")
+    sizes, commit = _listing(api, repo, revision, label, seconds)
     names = wanted(label, sizes)
     total = sum(sizes[name] or 0 for name in names)
     logger.warning("%s: downloading %d MB from the model hub", label, total // 10**6)
@@ -105,14 +97,27 @@ def fetch_config(
 
     api = HfApi(endpoint=endpoint)
     label = f"hf://{repo}" + (f"@{revision}" if revision else "")
+    sizes, commit = _listing(api, repo, revision, label, seconds)
+    if "config.json" not in sizes:
+        raise ModelNotFound(f"{label}: has no config.json")
     with _hub_errors(label), disk_errors(cache):
-        path = _within(
-            4 * seconds,  # the answer and a small file
-            lambda: api.hf_hub_download(
-                repo, "config.json", revision=revision, cache_dir=cache / "hub"
-            ),
-        )
+        path = api.hf_hub_download(repo, "config.json", revision=commit, cache_dir=cache / "hub")
     return Path(path).parent
+
+
+def _listing(
+    api: Any, repo: str, revision: str | None, label: str, seconds: float
+) -> tuple[dict[str, int | None], str]:
+    """Size of each file of a repository, and the commit that they are of."""
+    with _hub_errors(label):
+        info = _within(
+            seconds,
+            lambda: api.model_info(repo, revision=revision, timeout=seconds, files_metadata=True),
+        )
+    commit = info.sha or ""
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise CorruptFile(f"{label}: the hub names no commit ({commit[:80]!r})")
+    return {file.rfilename: file.size for file in info.siblings or ()}, commit
 
 
 def wanted(label: str, files: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxinfer import cache, steps
-from jaxinfer.batch import Model
+from jaxinfer.batch import Model, batch_rows
 from jaxinfer.checkpoint.describe import describe
 from jaxinfer.checkpoint.placement import bytes_a_device, nest, param_shapes
 from jaxinfer.config import ModelConfig
@@ -227,7 +227,7 @@ class _Sizes:
 
 def _sizes(asked: _Asked) -> _Sizes:
     layout, dtype = asked.shape(), jnp.dtype(asked.dtype)
-    rows = -(-asked.batch // layout.parts("B"))
+    rows = batch_rows(asked.batch, layout) // layout.parts("B")
 
     def of(config: ModelConfig) -> tuple[int, int, int]:
         """Weights, those that a step reads, and the cache."""
