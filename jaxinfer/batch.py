@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -156,8 +157,14 @@ def new_run(
     size = len(prompts)
     model.require_cache(size, capacity)
     state_of_drafter = _drafter_state(speculation.drafter, size, capacity)
+    where = cache.shardings(state_of_drafter, model.layout)
+    each = jax.tree.map(
+        lambda x, cut: math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize,
+        state_of_drafter,
+        where,
+    )
     memory.require(
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state_of_drafter)),
+        sum(jax.tree.leaves(each)),
         f"the drafter's memory of {size} rows x {capacity} tokens",
         "fewer prompts at once, shorter prompts or fewer max_tokens, or another drafter",
         model.devices,

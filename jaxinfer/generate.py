@@ -84,6 +84,11 @@ class LLM:
             raise InvalidArgument(
                 "the heads do not divide over the mesh: jaxinfer.load spreads them"
             )
+        there = layout.sharding().device_set
+        if mesh and any(x.sharding.device_set != there for x in jax.tree.leaves(params)):
+            raise InvalidArgument(
+                "the params do not lie on the mesh: jaxinfer.load puts them there"
+            )
         self.model = Model(params, config, jnp.dtype(dtype), layout, vocab_limit, kernels)
         self.model.check_kernels()
         self.num_draft = num_draft

@@ -92,11 +92,20 @@ def make_layout(mesh: Mesh | None, rules: Rules | None = None) -> Layout:
             raise InvalidArgument(f"rules: {name!r} along {along!r:.40}; axes of the mesh: {there}")
     if mesh is None:
         return ONE_DEVICE
+    if isinstance(mesh, Mesh) and not any(
+        d.process_index == jax.process_index() for d in mesh.devices.flat
+    ):
+        raise InvalidArgument(f"the mesh has no device of process {jax.process_index()}: use all")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise InvalidArgument("the mesh must have axes of type Auto, as jaxinfer.make_mesh's are")
     both = {**{name: axis for name, axis in RULES.items() if axis in mesh.shape}, **(rules or {})}
     if both.get("batch") and both["batch"] in [both.get(name) for name in REPLICATED]:
         raise InvalidArgument(f"rules: {both['batch']!r} cuts the batch and nothing else beside it")
+    if rules is None and not any(both.values()) and mesh.size > 1:
+        raise InvalidArgument(
+            f"no rule cuts anything along {', '.join(mesh.shape)}: name the axes of the mesh"
+            f" {', '.join(dict.fromkeys(filter(None, RULES.values())))}, or give rules="
+        )
     cuts = {letter: axis for name, axis in both.items() if axis for letter in LETTERS[name]}
     return Layout(mesh, tuple(cuts.items()))
 

@@ -20,6 +20,7 @@ import pytest
 from tiny_families import SETTINGS, tiny_family
 
 import jaxinfer
+from jaxinfer import memory
 from jaxinfer.batch import Batch
 from jaxinfer.checkpoint import names, orbax
 from jaxinfer.checkpoint.load import read_params
@@ -269,6 +270,24 @@ def test_rules_of_the_user(tiny):
         tiny_llm(mesh=make_mesh(model=8), hidden=36)
     with pytest.raises(InvalidArgument, match="of type Auto"):
         make_layout(jax.make_mesh((8,), ("model",)))
+    others = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with pytest.raises(InvalidArgument, match="no rule cuts anything along x, y"):
+        make_layout(others)
+    named = make_layout(others, {"batch": "x", "heads": "y"})
+    assert (named.parts("B"), named.parts("K"), named.parts("V")) == (2, 4, 1)
+    with pytest.raises(InvalidArgument, match="do not lie on the mesh"):
+        LLM(one.params, one.config, one.tokenizer, dtype=F32, mesh=make_mesh(model=2))
+
+
+def test_a_drafters_memory_is_counted_as_it_lies(tiny, monkeypatch):
+    _, llm = tiny
+    asked = []
+    monkeypatch.setattr(memory, "require", lambda needed, what, *_: asked.append((what, needed)))
+    Batch(llm.model, llm._requests(IDS, None, {}), llm.speculation("self", num_draft=3), Costs())
+    (cache,) = [n for what, n in asked if what.startswith("a cache")]
+    (drafter,) = [n for what, n in asked if what.startswith("the drafter")]
+    # The same shape, in one of two layers; and a few whole rows of ids.
+    assert drafter < cache
 
 
 def test_our_own_checkpoint_onto_spread_heads(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def test_bytes_are_those_of_a_real_load(name, preset, quantize):
     assert made.bytes_per_chip.weights == pytest.approx(llm.nbytes, rel=0.02)
     assert made.bytes_per_chip.cache == pytest.approx(held.nbytes, rel=0.02)
     assert made.fits
-    assert made.decode_bytes >= made.bytes_per_chip.weights + made.bytes_per_chip.cache
+    assert made.decode_bytes > made.bytes_per_chip.weights
 
 
 def test_arithmetic_that_can_be_done_by_hand():
@@ -86,12 +86,12 @@ def test_what_does_not_fit_is_told_what_would():
     made = plan("llama-3-70b", "v5e:2x2", **SHAPES)
     assert not made.fits
     assert "v5e:4x4" in made.verdict
-    small = plan("llama-3-8b", "l4")
+    small = plan("llama-3-8b", "a100-40gb", batch=16)
     assert not small.fits
     assert "int8" in small.verdict
     assert "context 4096" in small.verdict
     for change in ({"quantize": "int8"}, {"context": 4096}):
-        assert plan("llama-3-8b", "l4", **change).fits
+        assert plan("llama-3-8b", "a100-40gb", **{"batch": 16} | change).fits
 
 
 def test_a_sweep_compares_and_says_which_is_the_smallest():
@@ -116,7 +116,9 @@ def test_a_sweep_compares_and_says_which_is_the_smallest():
         ({"context": -1}, "context=-1"),
         ({"quantize": "int3"}, "quantize='int3'"),
         ({"dtype": "f8"}, "one of float32"),
-        ({"num_draft": 99}, "must be 1 to 64"),
+        ({"num_draft": 99}, "must be 0 to 64"),
+        ({"drafter": "self"}, "is not planned"),
+        ({"data": 0}, "data=0: v5e:4x4 has 16 devices"),
         ({"acceptance": 1.5}, "must be 0 to 1"),
         ({"data": 3}, "data=3: v5e:4x4 has 16 devices"),
     ],
@@ -153,7 +155,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert "compile_seconds" in found
     assert set(found["bytes_per_chip"]) == {"weights", "cache", "temporaries", "total", "limit"}
     assert main([*command, f"--plot={tmp_path / 'one.png'}"]) == 0
-    assert "fits, by shapes: 24.65 of 85.52 GB a chip" in capsys.readouterr().out
+    assert "fits, by shapes: 24.65 of 64.14 GB a chip" in capsys.readouterr().out
     assert (tmp_path / "one.png").stat().st_size > 10_000
     assert main(["jaxinfer", "plan", "--model=llama-3-8b", "--topology=t4:1"]) == 1
     assert main([*command, "--topology=h100:1,h100:2"]) == 2

@@ -106,8 +106,8 @@ def read_params(
 ) -> Params:
     """Read every parameter straight to its devices, a few at a time.
 
-    A process reads what its own devices hold, each byte of a file once at most; beside that it
-    holds a few chunks.
+    A process reads the rows of which its own devices hold a part, each byte of a file once at most,
+    and keeps what they hold; beside that it holds a few chunks.
 
     Args:
       source: the checkpoint.

@@ -101,8 +101,8 @@ def lay_params(params: Params, config: ModelConfig, layout: Layout) -> tuple[Par
 
     def move(spec: ParamSpec, x: jax.Array) -> jax.Array:
         where = layout.sharding(spec.axes)
-        if not set(heads) & set(spec.axes):
-            return put(x, where)
+        if not set(heads) & set(spec.axes) and where.is_fully_addressable:
+            return jax.device_put(x, where)
         spread = partial(_spread_heads, axes=spec.axes, heads=heads)
         return jax.jit(spread, out_shardings=where)(put(x, layout.sharding()))
 
@@ -144,8 +144,19 @@ def keep(x: jax.Array, spec: ParamSpec, shape: Any) -> Any:
     """A parameter as its entry of `param_shapes` says."""
     if not isinstance(shape, Quantized):
         return x
-    where = jax.tree.map(lambda leaf: leaf.sharding, shape)
-    return jax.jit(partial(quantized, inputs=spec.inputs), out_shardings=where)(x)
+    return _quantize(x, spec.inputs, shape.values.sharding, shape.scale.sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))  # one program a shape, not one a matrix
+def _quantize(
+    x: jax.Array,
+    inputs: tuple[int, ...],
+    values: jax.sharding.Sharding,
+    scale: jax.sharding.Sharding,
+) -> Quantized:
+    made = quantized(x, inputs)
+    where: Any = Quantized(values, scale, made.dtype)  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(made, where)
 
 
 def bytes_a_device(shapes: Any) -> int:

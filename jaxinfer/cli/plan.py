@@ -21,6 +21,8 @@ from absl import flags
 
 from jaxinfer.errors import InvalidArgument
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
@@ -53,8 +55,10 @@ def run(values: flags.FlagValues) -> int:
 
     if len(values.topology) > 1 and not values.sweep:
         raise InvalidArgument("--topology names several: add --sweep to compare them")
-    if values.plot and not Path(values.plot).absolute().parent.is_dir():
-        raise InvalidArgument(f"--plot={values.plot}: there is no such folder")
+    if values.plot:
+        file = Path(values.plot).absolute()
+        if not file.parent.is_dir() or file.is_dir() or file.suffix not in PICTURES:
+            raise InvalidArgument(f"--plot={values.plot}: a file {', '.join(PICTURES)} in a folder")
     options: dict[str, Any] = {
         name: values[name].value
         for name in (

@@ -47,7 +47,8 @@ class Plan:
     """What a model takes on a machine, and what that machine could give at best.
 
     Bytes are a chip's. A step's bytes are what it must read: weights, keys and values, its rows of
-    the logits; with the speed of the memory they bound the tokens a second.
+    the logits; with the speed of the memory they bound the tokens a second. What chips send to each
+    other is not counted.
     """
 
     model: str
@@ -115,9 +116,12 @@ def plan(
     """
     _check(batch, context, quantize, dtype, num_draft, acceptance)
     target = find_target(topology)
-    if target.devices % data or data < 1:
+    if data < 1 or target.devices % data:
         raise InvalidArgument(f"data={data}: {topology} has {target.devices} devices")
     known = model if isinstance(model, ModelConfig) else describe(model, cache=cache_dir)
+    drafter = {"auto": "ngram"}.get(drafter, drafter) if num_draft else "none"
+    if drafter == "self":
+        raise InvalidArgument("drafter='self' is not planned: none, ngram or a second model")
     small = None if drafter in ("none", "ngram") else describe(drafter, cache=cache_dir)
     asked = _Asked(
         model=known.family if isinstance(model, ModelConfig) else str(model),
@@ -145,6 +149,9 @@ def sweep(model: str | Path | ModelConfig, topologies: Sequence[str], **options:
     a slice, the batch is cut along as many of its chips as it takes.
     """
     compile = options.pop("compile", True)
+    name_of_it = None if isinstance(model, ModelConfig) else str(model)
+    if not isinstance(model, ModelConfig):  # once, not for every slice
+        model = describe(model, cache=options.get("cache_dir"))
     plans = []
     for name in topologies:
         slices = [f"{name}:{size}" for size in TOPOLOGIES.get(name.lower(), ())] or [name]
@@ -154,7 +161,7 @@ def sweep(model: str | Path | ModelConfig, topologies: Sequence[str], **options:
             if made.fits and compile and not found and find_target(one).chip.kind == "tpu":
                 made = plan(model, one, **options | {"data": made.data})
                 found = made.fits
-            plans.append(made)
+            plans.append(dataclasses.replace(made, model=name_of_it or made.model))
     return plans
 
 
@@ -208,8 +215,8 @@ def _check(
         raise InvalidArgument(f"quantize={quantize!r:.40}: None, {', '.join(get_args(Recipe))}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InvalidArgument(f"dtype={dtype!r:.40}: one of float32, bfloat16, float16")
-    if not 1 <= num_draft <= MAX_DRAFT:
-        raise InvalidArgument(f"num_draft={num_draft}: must be 1 to {MAX_DRAFT}")
+    if not 0 <= num_draft <= MAX_DRAFT:
+        raise InvalidArgument(f"num_draft={num_draft}: must be 0 to {MAX_DRAFT}")
     if not 0 <= acceptance <= 1:
         raise InvalidArgument(f"acceptance={acceptance}: must be 0 to 1")
 
@@ -230,32 +237,36 @@ def _sizes(asked: _Asked) -> _Sizes:
     rows = batch_rows(asked.batch, layout) // layout.parts("B")
 
     def of(config: ModelConfig) -> tuple[int, int, int]:
-        """Weights, those that a step reads, and the cache."""
+        """Weights, what a step reads of them and of the cache, and the cache."""
         fitted = fit_config(config, layout)
         shapes = param_shapes(fitted, dtype, layout, asked.quantize)
         held = bytes_a_device(shapes)
         # A table that is not the head as well is looked up, not read.
         table = 0 if config.tied else bytes_a_device(shapes["embed/table"])
         cells = cache.cache_bytes(fitted, rows, steps.capacity_for(asked.context), dtype)
-        return held, held - table, cells // layout.parts("K")
+        # A kernel reads what is there: not the slots that wait, nor what a window has left behind.
+        live = sum(min(asked.context, layer.window or asked.context) for layer in fitted.layers)
+        live *= -(-asked.batch // layout.parts("B")) * fitted.num_kv_heads * fitted.head_dim
+        read = held - table + 2 * live * dtype.itemsize // layout.parts("K")
+        return held, read, cells // layout.parts("K")
 
     weights, read, cells = of(asked.config)
     draft = draft_cells = draft_read = 0
     if asked.small is not None:
         draft, draft_read, draft_cells = of(asked.small)
     logits = 4 * rows * asked.config.vocab_size // layout.parts("V")
-    return _Sizes(
-        weights + draft, cells + draft_cells, read + cells, logits, draft_read + draft_cells
-    )
+    return _Sizes(weights + draft, cells + draft_cells, read, logits, draft_read)
 
 
 def _plan(asked: _Asked, compile: bool) -> Plan:
     target, sizes = asked.target, _sizes(asked)
     chip, each = target.chip, target.chip.devices
-    limit = chip.usable_bytes // each
+    limit = int(target.limit)
     programs: list[Program] = []
     note = spread_note(fit_config(asked.config, asked.shape()))
     notes = [note] if note else []
+    if asked.context > asked.config.max_len:
+        notes.append(f"the model was made for {asked.config.max_len:,} tokens, not for so many")
     seconds, why = None, ""
     fits = sizes.weights + sizes.cache <= limit
     if fits and compile:
@@ -280,7 +291,7 @@ def _plan(asked: _Asked, compile: bool) -> Plan:
 
     def step(bytes_read: int, tokens: int) -> tuple[float, str]:
         """Seconds of a forward, and what it waits for."""
-        flops = 2 * _weights(asked) * asked.batch * tokens / target.devices
+        flops = 2 * _weights(asked) * tokens * asked.batch / asked.shape().parts("B")
         times = {
             "memory": bytes_read / (chip.bandwidth / each),
             "arithmetic": flops / (chip.flops / each),
@@ -324,11 +335,12 @@ def _plan(asked: _Asked, compile: bool) -> Plan:
 
 
 def _weights(asked: _Asked) -> int:
-    """Weights that a token meets."""
-    shapes = param_shapes(asked.config, jnp.dtype(jnp.int8), Layout())
+    """Weights of a device that a token meets."""
+    layout = asked.shape()
+    shapes = param_shapes(fit_config(asked.config, layout), jnp.dtype(jnp.int8), layout)
     if not asked.config.tied:
         del shapes["embed/table"]  # looked up
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes))
 
 
 def _compile(asked: _Asked, notes: list[str]) -> list[Program]:
@@ -385,8 +397,7 @@ def _room(asked: _Asked) -> bool:
         sizes = _sizes(asked)
     except InvalidArgument:
         return False
-    limit = asked.target.chip.usable_bytes / asked.target.chip.devices
-    return sizes.weights + sizes.cache <= 0.9 * limit
+    return sizes.weights + sizes.cache <= 0.9 * asked.target.limit
 
 
 def _instead(asked: _Asked) -> list[tuple[str, _Asked]]:

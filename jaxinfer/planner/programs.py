@@ -37,7 +37,7 @@ class Program:
     seconds: float  # that compiling took
     arguments: int
     temporaries: int  # code included
-    accessed: int  # every touch of every operation, a loop's body once: to compare programs with
+    accessed: int  # every touch of every operation: loops once, branches that are not taken too
     collectives: dict[str, int]  # how many of each kind the program holds, a loop's body once
     largest: int  # bytes of the largest collective's result
 

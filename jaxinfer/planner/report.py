@@ -75,6 +75,7 @@ def table(plans: Sequence[Plan]) -> str:
         rates = [p.tokens_per_s[k] if p.fits else None for k in ("plain", "speculative")]
         cells = "".join(f"{'-' if r is None else f'{r:,.0f}':>10}" for r in rates)
         how = f"compiled in {p.compile_seconds:.0f} s" if p.programs else "by shapes"
+        how += f", data={p.data}" if p.data > 1 else ""
         lines.append(
             f"{p.topology:<{wide}}{p.chips:>7}{'yes' if p.fits else 'no':>6}"
             f"{_gb(held.total):>9}{_gb(held.limit):>9}{cells}   {how}"

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from jaxinfer import memory
 from jaxinfer.errors import InvalidArgument, JaxinferError
 from jaxinfer.hardware import CHIPS, TOPOLOGIES, TOPOLOGY_OPTIONS, Chip
 from pallas_kernels.tpu_aot import ENVIRONMENT
@@ -32,6 +33,12 @@ class Target:
     def devices(self) -> int:
         """JAX devices."""
         return self.chips * self.chip.devices
+
+    @property
+    def limit(self) -> float:
+        """Bytes of a device that programs can have; of a GPU's memory JAX takes three quarters."""
+        share = 0.75 if self.chip.kind == "gpu" else 1.0
+        return share * self.chip.usable_bytes / self.chip.devices
 
 
 def find_target(name: str) -> Target:
@@ -63,12 +70,12 @@ def _this_cpu() -> Chip:
         begin = time.perf_counter()
         product(rows, matrix).block_until_ready()
         seconds.append(time.perf_counter() - begin)
-    memory = psutil.virtual_memory().total
+    available = memory.available_bytes(jax.devices()[0])
     return Chip(
         name="cpu",
         kind="cpu",
-        memory_bytes=memory,
-        usable_bytes=memory,
+        memory_bytes=psutil.virtual_memory().total,
+        usable_bytes=available,
         bandwidth=matrix.nbytes / min(seconds[1:]),
         flops=math.inf,  # not measured: reading bounds a step
         int8_ops=None,
