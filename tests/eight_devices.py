@@ -107,7 +107,9 @@ def family(request):
         lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape) if x.ndim < 3 else x, params
     )
     one = LLM(params, config, tiny_tokenizer(96), dtype=F32)
-    return one, np.asarray(one.forward(IDS).logits), answers(one)
+    yield one, np.asarray(one.forward(IDS).logits), answers(one)
+    jax.clear_caches()  # a process has room for so many programs: see conftest.py
+    gc.collect()
 
 
 def on_mesh(one, data, model, rules=None):
