@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.drafters import NAMES
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
-from jaxinfer.quantize import Recipe
+from jaxinfer.recipes import make_recipe
 from jaxinfer.sharding import Rules, make_layout, spread_note
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
@@ -30,7 +30,7 @@ def load(
     dtype: str | jnp.dtype | None = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
-    quantize: Recipe | None = None,
+    quantize: str | None = None,
     kernels: Impl = "auto",
     drafter: DrafterLike = None,
     num_draft: int | Literal["auto"] | None = None,
@@ -50,8 +50,8 @@ def load(
       mesh: spreads the weights, see `make_mesh`; None: one device.
       rules: what lies along which axis of the mesh, instead of `sharding.RULES`: {"hidden": None}
         leaves hidden widths whole. A drafter given by name lies like the model.
-      quantize: None, or "int8": matrices in eight bits with a scale an output channel. Made for
-        accelerators; XLA:CPU widens such weights anew in every step and is slow with them.
+      quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
+        activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
@@ -74,8 +74,7 @@ def load(
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
-    if quantize not in (None, *get_args(Recipe)):
-        raise InvalidArgument(f"quantize={quantize!r:.40}: None, {', '.join(get_args(Recipe))}")
+    recipe = make_recipe(quantize, _platform(mesh))
     impl, layout = _kernels(kernels, mesh, exact), make_layout(mesh, rules)
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
@@ -91,7 +90,7 @@ def load(
             kernels=kernels,
             cache_dir=cache_dir,
         )
-    checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=quantize)
+    checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=recipe)
     if note := spread_note(checkpoint.config):
         logger.warning("%s: %s", name, note)
     return LLM(

@@ -24,7 +24,7 @@ from jaxinfer import rotary
 from jaxinfer.attend import XLA, Kernels, attend
 from jaxinfer.cache import MAX_BLOCK, KVCache, LayerCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
-from jaxinfer.quantize import lookup, project, scores
+from jaxinfer.quantize import Quantized, lookup, project, scores
 
 Params = dict[str, Any]  # nested dict of arrays
 
@@ -171,8 +171,13 @@ class Embedding(nn.Module):
         return scores(self.table, x)
 
 
-def _param(module: Any, name: str, axes: str, init: Callable[..., Any]) -> jax.Array:
+def _param(module: Any, name: str, axes: str, init: Callable[..., Any]) -> Any:
     shape = tuple(module.config.size(a) for a in axes)
+    held = module.get_variable("params", name)
+    if isinstance(held, Quantized):  # Flax would compare the shapes of its parts
+        if held.shape != shape:
+            raise ValueError(f"{name} has shape {held.shape}; the config asks for {shape}")
+        return held
     return module.param(name, nn.with_partitioning(init, tuple(axes)), shape)
 
 

@@ -1,78 +1,310 @@
 """Quantized weights: an array type, and the products that hide it from the model.
 
 A weight is a plain array or a `Quantized`; `project`, `lookup` and `scores` take either, so no
-layer asks which it has. int8 by channel: w = values * scale, rounded to nearest, one scale an
-output (arXiv 2208.07339 calls it row-wise absmax).
+layer asks which it has. A weight is code * scale, with a scale an output channel or one for each
+group of neighbouring inputs; with zero points it is (code - least code) * scale + offset. Codes lie
+[G,O,I], inputs last, several in a byte where they have fewer than eight bits.
+
+Letters: O outputs, I inputs of a group, G groups, p = 8 / bits codes a byte; R rows of a product.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, TypeAlias
+import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-Recipe = Literal["int8"]
-Dims = tuple[tuple[int, ...], tuple[int, ...]]  # contracted axes of either side
+FP8 = jnp.float8_e4m3fn
+FEW_ROWS = 64  # of a product: for more of them a weight is worth widening
+CLIPS = 24  # scales that rounding to few bits tries: 1, 0.98, 0.96, ... of what holds all
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a matrix is kept, and how it is multiplied with; static."""
+
+    bits: int = 8  # 8, 4 or 2
+    group: int | None = None  # inputs that share a scale; None: all of them
+    zero: bool = False  # with an offset: codes span least to most, not -most to most
+    fp8: bool = False  # codes are e4m3 numbers (arXiv 2209.05433)
+    scale_dtype: str = "float32"  # bfloat16 where there are many
+    digits: int = 0
+    """How an activation enters a product: 0, as the float that it is; 1, rounded to int8 with a
+    scale a token (arXiv 2211.10438); 2, as two int8 numbers, which together hold 15 bits. Whole
+    numbers are what XLA:CPU multiplies fast."""
+
+    @property
+    def in_byte(self) -> int:
+        """p, codes in a byte."""
+        return 8 // self.bits
+
+    def groups(self, inputs: int) -> int:
+        """G, of a matrix with so many inputs."""
+        return inputs // (self.group or inputs)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A weight in eight bits."""
+    """A weight in few bits."""
 
-    values: jax.Array  # the weight's own shape, int8
-    scale: jax.Array  # f32, the weight's shape without the axes that a product sums over
+    # [G,O/p,I] int8, or fp8. A byte holds neighbouring outputs, the first in its low bits: of a
+    # code c of b bits it holds c + 2^(b-1), and the byte as a whole is less 128.
+    values: jax.Array
+    scale: jax.Array  # [G,O] of the scheme's scale_dtype
+    offset: jax.Array | None  # [G,O] as the scale: what the least code stands for
+    scheme: Scheme = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the weight
+    inputs: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # its axes summed over
     dtype: Any = dataclasses.field(metadata={"static": True})  # that it stands for
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.values.shape
+    def out(self) -> tuple[int, ...]:
+        """Sizes of the axes that no product sums over."""
+        return tuple(n for i, n in enumerate(self.shape) if i not in self.inputs)
 
 
 Weight: TypeAlias = jax.Array | Quantized
 
 
-def quantize(w: jax.Array, inputs: tuple[int, ...]) -> Quantized:
-    """`w` in int8, with a scale for each of its outputs: what is not among the axes `inputs`."""
-    x = w.astype(jnp.float32)
-    most = jnp.max(jnp.abs(x), axis=inputs, keepdims=True)
-    scale = jnp.where(most > 0, most / 127, 1)
-    values = jnp.round(x / scale).astype(jnp.int8)
-    return Quantized(values, jnp.squeeze(scale, inputs), w.dtype)
+def quantize(w: jax.Array, inputs: tuple[int, ...], scheme: Scheme) -> Quantized:
+    """`w` rounded to nearest.
+
+    Args:
+      w: a weight of which a product sums over the axes `inputs`.
+      inputs: neighbouring axes; a group is among neighbours of the last, first of them slowest.
+      scheme: its group divides the number of inputs, and its codes a byte that of the outputs.
+    """
+    x = to_groups(w.astype(jnp.float32), inputs, scheme)
+    scale, offset = find_scale(x, scheme)
+    codes = encode(x, scale, offset, scheme)
+    return Quantized(pack(codes, scheme), scale, offset, scheme, w.shape, inputs, w.dtype)
+
+
+def to_groups(w: jax.Array, inputs: tuple[int, ...], scheme: Scheme) -> jax.Array:
+    """A weight as [G,O,I]."""
+    rest = [i for i in range(w.ndim) if i not in inputs]
+    count = math.prod(w.shape[i] for i in inputs)
+    x = jnp.transpose(w, (*rest, *inputs)).reshape(-1, scheme.groups(count), scheme.group or count)
+    return jnp.moveaxis(x, 1, 0)
+
+
+def from_groups(x: jax.Array, shape: tuple[int, ...], inputs: tuple[int, ...]) -> jax.Array:
+    """The weight of this shape that `to_groups` made into x [G,O,I]."""
+    rest = [i for i in range(len(shape)) if i not in inputs]
+    order = (*rest, *inputs)
+    whole = jnp.moveaxis(x, 0, 1).reshape([shape[i] for i in order])
+    return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])
+
+
+def find_scale(x: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and offset [G,O] of groups [G,O,I] f32.
+
+    Eight bits hold the largest weight. With fewer, a scale that cuts off the largest may round the
+    others so much better that the sum of squares falls: of `CLIPS` scales the best is taken.
+    """
+    kind = jnp.dtype(scheme.scale_dtype)
+    if scheme.fp8:
+        most = jnp.max(jnp.abs(x), axis=-1)
+        return _positive(most / float(jnp.finfo(FP8).max)).astype(kind), None
+    half = 1 << (scheme.bits - 1)
+    low, high = jnp.minimum(x.min(-1), 0), jnp.maximum(x.max(-1), 0)
+
+    def at(shrink: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        if not scheme.zero:
+            return _positive(shrink * jnp.maximum(-low, high) / (half - 1)).astype(kind), None
+        scale = _positive(shrink * (high - low) / (2 * half - 1)).astype(kind)
+        return scale, (shrink * low).astype(kind)
+
+    if scheme.bits == 8:
+        return at(jnp.float32(1))
+
+    def error(i: jax.Array) -> jax.Array:
+        scale, offset = at(1 - 0.02 * i)
+        rounded = decode(encode(x, scale, offset, scheme), scale, offset, scheme)
+        return jnp.sum((rounded - x) ** 2, axis=-1)
+
+    best = jnp.argmin(jax.lax.map(error, jnp.arange(CLIPS, dtype=jnp.float32)), axis=0)
+    return at(1 - 0.02 * best)
+
+
+def _positive(scale: jax.Array) -> jax.Array:
+    return jnp.where(scale > 0, scale, 1)  # of a group of zeros
+
+
+def encode(x: jax.Array, scale: jax.Array, offset: jax.Array | None, scheme: Scheme) -> jax.Array:
+    """Codes [...,I] nearest to x [...,I] f32, with scale and offset [...]: int8, or fp8."""
+    x = (x - _middle(scale, offset, scheme)[..., None]) / scale.astype(jnp.float32)[..., None]
+    if scheme.fp8:
+        most = float(jnp.finfo(FP8).max)
+        return jnp.clip(x, -most, most).astype(FP8)
+    half = 1 << (scheme.bits - 1)
+    least = -half if scheme.zero or scheme.bits < 8 else 1 - half
+    return jnp.clip(jnp.round(x), least, half - 1).astype(jnp.int8)
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, offset: jax.Array | None, scheme: Scheme
+) -> jax.Array:
+    """The weights [...,I] f32 of codes [...,I], with scale and offset [...]."""
+    x = codes.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+    return x if offset is None else x + _middle(scale, offset, scheme)[..., None]
+
+
+def _middle(scale: jax.Array, offset: jax.Array | None, scheme: Scheme) -> jax.Array:
+    """What code 0 stands for, f32 as the scale."""
+    scale = scale.astype(jnp.float32)
+    if offset is None:
+        return jnp.zeros_like(scale)
+    return offset.astype(jnp.float32) + (1 << (scheme.bits - 1)) * scale
+
+
+def pack(codes: jax.Array, scheme: Scheme) -> jax.Array:
+    """Codes [G,O,I] as bytes [G,O/p,I]."""
+    p, bits = scheme.in_byte, scheme.bits
+    if p == 1:
+        return codes
+    g, o, i = codes.shape
+    parts = codes.reshape(g, o // p, p, i).astype(jnp.uint8) + jnp.uint8(1 << (bits - 1))
+    byte = parts[:, :, 0]
+    for k in range(1, p):
+        byte |= parts[:, :, k] << (bits * k)
+    return jax.lax.bitcast_convert_type(byte ^ 128, jnp.int8)
+
+
+def unpack(values: jax.Array, scheme: Scheme) -> jax.Array:
+    """Bytes [G,O/p,I] as codes [G,O,I]."""
+    if scheme.in_byte == 1:
+        return values
+    places = scheme.bits * jnp.arange(scheme.in_byte)[:, None]
+    codes = _code(values[:, :, None], places, scheme.bits)
+    return codes.reshape(len(values), -1, values.shape[-1])
+
+
+def _code(byte: jax.Array, place: jax.Array, bits: int) -> jax.Array:
+    """The code int8 that lies in a byte from this bit on."""
+    mask, half = (1 << bits) - 1, 1 << (bits - 1)
+    return ((((byte.astype(jnp.int32) + 128) >> place) & mask) - half).astype(jnp.int8)
+
+
+def widen(w: Quantized) -> jax.Array:
+    """The weight that it stands for, f32 in its own shape."""
+    x = decode(unpack(w.values, w.scheme), w.scale, w.offset, w.scheme)
+    return from_groups(x, w.shape, w.inputs)
 
 
 def project(x: jax.Array, w: Weight, num_in: int = 1) -> jax.Array:
     """x [B,T,*in] times w [*in,*out] -> [B,T,*out] float32."""
-    dims = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
     if isinstance(w, Quantized):
-        return _dot(x, w.values.astype(x.dtype), dims) * w.scale
+        rows = x.reshape(*x.shape[: x.ndim - num_in], -1)
+        return _product(rows, w).reshape(*rows.shape[:-1], *w.out)
+    dims = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
     return _dot(x, w, dims)
 
 
 def lookup(table: Weight, tokens: jax.Array) -> jax.Array:
     """Rows [*tokens,D] of a table [V,D]."""
-    if isinstance(table, Quantized):
-        rows = table.values[tokens] * table.scale[tokens][..., None]
-        return rows.astype(table.dtype)
-    return table[tokens]
+    if not isinstance(table, Quantized):
+        return table[tokens]
+    p = table.scheme.in_byte
+    codes = table.values[:, tokens // p]  # [G,*tokens,I]
+    if p > 1:
+        codes = _code(codes, table.scheme.bits * (tokens % p)[..., None], table.scheme.bits)
+    offset = None if table.offset is None else table.offset[:, tokens]
+    rows = decode(codes, table.scale[:, tokens], offset, table.scheme)
+    return jnp.moveaxis(rows, 0, -2).reshape(*tokens.shape, -1).astype(table.dtype)
 
 
 def scores(table: Weight, x: jax.Array) -> jax.Array:
     """Product [B,T,V] float32 of every row of a table [V,D] with x [B,T,D]."""
-    # Weight first: eight rows take XLA:CPU a fifth less time than the other way round.
-    dims = (1,), (2,)
     if isinstance(table, Quantized):
-        y = _dot(table.values.astype(x.dtype), x, dims) * table.scale[:, None, None]
-    else:
-        y = _dot(table, x, dims)
-    return jnp.moveaxis(y, 0, -1)
+        return _product(x, table)
+    # Weight first: eight rows take XLA:CPU a fifth less time than the other way round.
+    return jnp.moveaxis(_dot(table, x, ((1,), (2,))), 0, -1)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: Dims) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, contract: Any) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _product(x: jax.Array, w: Quantized) -> jax.Array:
+    """x [B,T,G*I] times a weight, [B,T,O] float32."""
+    groups, _, size = w.values.shape
+    rows = x.reshape(-1, groups, size)  # [R,G,I]
+    few = w.scheme.digits == 1 or len(rows) <= FEW_ROWS  # one digit is not the float
+    y = _by_digits(rows, w) if w.scheme.digits and few else _by_floats(rows, w)
+    return y.reshape(*x.shape[:2], -1)
+
+
+def _by_floats(x: jax.Array, w: Quantized) -> jax.Array:
+    """x [R,G,I] times a weight that is widened to the dtype of x: [R,O]."""
+    codes = unpack(w.values, w.scheme)
+    if len(codes) == 1 and w.offset is None:  # the scale can wait for the sum
+        return _dot(x[:, 0], codes[0].astype(x.dtype), ((1,), (1,))) * w.scale[0]
+    whole = decode(codes, w.scale, w.offset, w.scheme).astype(x.dtype)
+    return _dot(x, whole, ((1, 2), (0, 2)))
+
+
+def _by_digits(x: jax.Array, w: Quantized) -> jax.Array:
+    """x [R,G,I] times a weight, by products of whole numbers alone: [R,O].
+
+    Two digits: x = (a + b / 254) * unit with a and b int8, so that x is off by at most 1/64,516 of
+    the largest in its row. A product with either is exact, and both are rows of one product.
+    """
+    x = x.astype(jnp.float32)
+    unit = _positive(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True) / 127)
+    x = x / unit
+    first = jnp.round(x)
+    digits = [first.astype(jnp.int8)]
+    if w.scheme.digits == 2:
+        digits.append(jnp.round((x - first) * 254).astype(jnp.int8))
+    count, stacked = len(x), jnp.concatenate(digits)
+    if len(stacked) == 1:  # one row is XLA:CPU's slow path, two are its fast one
+        stacked = jnp.concatenate([stacked, stacked])
+
+    def joined(y: jax.Array) -> jax.Array:
+        y = y.astype(jnp.float32)
+        return y[:count] + y[count : 2 * count] / 254 if w.scheme.digits == 2 else y[:count]
+
+    y = jnp.sum(joined(_whole_products(stacked, w)) * w.scale, axis=1)
+    if w.offset is not None:  # it is added to every weight: times the sum of a group's inputs
+        sums = joined(jnp.sum(stacked, axis=2, dtype=jnp.int32))
+        y += _dot(sums, _middle(w.scale, w.offset, w.scheme), ((1,), (0,)))
+    return y * unit[:, 0]
+
+
+def _whole_products(x: jax.Array, w: Quantized) -> jax.Array:
+    """Sums [R,G,O] i32 of x [R,G,I] int8 times the codes.
+
+    A byte is the sum of its codes times powers of two, and so is its product. Bytes with the upper
+    codes masked away give the sums of the lower ones, which are taken off; XLA:CPU masks bytes as
+    fast as it reads them, and shifts them ten times slower.
+    """
+    p, bits = w.scheme.in_byte, w.scheme.bits
+
+    def times(values: jax.Array) -> jax.Array:  # [G,O/p,I] -> [R,G,O/p]
+        if len(values) == 1:
+            dims: Any = ((2,), (1,)), ((), ())
+            return jax.lax.dot_general(x, values[0], dims, preferred_element_type=jnp.int32)
+        dims = ((2,), (2,)), ((1,), (0,))
+        y = jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.int32)
+        return jnp.moveaxis(y, 0, 1)
+
+    if p == 1:
+        return times(w.values)
+    half = (1 << (bits - 1)) * jnp.sum(x.astype(jnp.int32), axis=2)[..., None]  # [R,G,1]
+    parts, below = [], jnp.zeros((), jnp.int32)
+    for k in range(1, p + 1):
+        # The top code lies in its byte without the half that the others are raised by.
+        masked = w.values if k == p else w.values & jnp.int8((1 << (bits * k)) - 1)
+        upto = times(masked)
+        part = (upto - below) >> (bits * (k - 1))
+        parts.append(part if k == p else part - half)
+        below = upto
+    return jnp.stack(parts, axis=-1).reshape(*x.shape[:2], -1)

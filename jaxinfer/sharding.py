@@ -69,6 +69,11 @@ class Layout:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(self.mesh, self.spec(axes))
 
+    @property
+    def platform(self) -> str:
+        """What kind of devices they are: "cpu", "gpu" or "tpu"."""
+        return (self.mesh.devices.flat[0] if self.mesh else jax.local_devices()[0]).platform
+
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:
         """`x`, inside a jitted step, laid so."""
         if self.mesh is None:

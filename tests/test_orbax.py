@@ -18,12 +18,14 @@ from tokenizers import decoders, models
 from jaxinfer import load
 from jaxinfer.checkpoint.config_json import from_fields
 from jaxinfer.checkpoint.fields import Fields
-from jaxinfer.checkpoint.orbax import DESCRIPTION, WEIGHTS, is_orbax, save_orbax
-from jaxinfer.checkpoint.placement import Checkpoint
+from jaxinfer.checkpoint.orbax import DESCRIPTION, WEIGHTS, is_orbax, load_orbax, save_orbax
+from jaxinfer.checkpoint.placement import Checkpoint, keep_params
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.errors import CorruptFile, InvalidArgument, JaxinferError
 from jaxinfer.model import init_params
+from jaxinfer.recipes import make_recipe
 from jaxinfer.sampling import SamplingParams
+from jaxinfer.sharding import ONE_DEVICE
 from jaxinfer.testing import tiny_config
 from jaxinfer.tokenizer import load_tokenizer
 
@@ -228,3 +230,41 @@ def test_every_field_of_the_config_survives_json(checkpoint):
         broken = {k: v for k, v in written.items() if k != name}
         with pytest.raises(CorruptFile, match=name):
             from_fields(Fields(broken, "x", "config."), "x")
+
+
+def quantized(checkpoint, text):
+    recipe = make_recipe(text, "cpu")
+    params = keep_params(
+        checkpoint.params, checkpoint.config, jnp.dtype(jnp.bfloat16), ONE_DEVICE, recipe
+    )
+    return dataclasses.replace(checkpoint, params=params)
+
+
+@pytest.mark.parametrize("text", ["int8", "embed=none,v/=int8,int4:g8", "fp8", "w8a8"])
+def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
+    made = quantized(checkpoint, text)
+    folder = tmp_path / "model"
+    save_orbax(folder, made)
+    again = load(folder)
+    assert jax.tree.structure(again.params) == jax.tree.structure(made.params)
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+    with pytest.raises(InvalidArgument, match="is quantized already"):
+        load(folder, quantize="int8")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"bits": 3}, {"bits": "8"}, {"group": 7}, {"group": 0}, {"group": 1.5}, {"digits": 7}),
+        *({"scale_dtype": "object"}, {"zero": 1}, {"more": 1}, {"fp8": True, "zero": True}),
+    ],
+)
+def test_a_scheme_that_a_file_makes_up_is_refused(checkpoint, change, tmp_path):
+    made = quantized(checkpoint, "int8")
+    folder = tmp_path / "model"
+    save_orbax(folder, made)
+    text = json.loads((folder / DESCRIPTION).read_text())
+    text["quantized"]["embed/table"] |= change
+    (folder / DESCRIPTION).write_text(json.dumps(text))
+    with pytest.raises(CorruptFile, match="quantized: embed/table"):
+        load_orbax(folder, dtype=jnp.dtype(jnp.float32), layout=ONE_DEVICE)

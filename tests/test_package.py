@@ -17,6 +17,7 @@ FLOORS = [
     ("jaxinfer.attend",),
     ("jaxinfer.cache", "jaxinfer.rotary", "jaxinfer.sampling", "jaxinfer.quantize"),
     ("jaxinfer.model", "jaxinfer.text", "jaxinfer.template_budget", "jaxinfer.outputs"),
+    ("jaxinfer.recipes",),
     ("jaxinfer.requests", "jaxinfer.steps", "jaxinfer.checkpoint.source"),
     ("jaxinfer.checkpoint.json_file", "jaxinfer.checkpoint.fields", "jaxinfer.template"),
     ("jaxinfer.tokenizer",),

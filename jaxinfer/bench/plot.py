@@ -1,7 +1,8 @@
-"""The picture of a bench: tokens per second by kind of prompt, and what verifying costs."""
+"""Pictures: a bench's tokens per second and cost of verifying; size against quality."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,7 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
 
     Raises InvalidArgument where matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidArgument(f"--plot: {error}; pip install matplotlib") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(10, 4)
     seconds = {int(m): s for m, s in result["verify_seconds"].items()}
     speed, *rest = figure.subplots(
         1, 2 if seconds else 1, squeeze=False, width_ratios=(2, 1) if seconds else (1,)
@@ -54,7 +51,38 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
         cost.set_ylim(bottom=0)
         cost.set_xlabel("tokens verified in one forward")
         cost.set_ylabel("time, that of one token is 1")
-    for axes in (speed, *rest):
+    return _finish(figure, file)
+
+
+def draw_quality(rows: Sequence[Mapping[str, Any]], file: str | Path | None = None) -> Any:
+    """Draw bytes against mean KL of the rows of `jaxinfer quality`; as `draw` otherwise."""
+    figure = _figure(7, 4.5)
+    axes = figure.subplots()
+    rows = [row for row in rows if "mean_kl" in row]
+    axes.scatter([row["bytes"] / 1e6 for row in rows], [row["mean_kl"] for row in rows])
+    for row in rows:
+        speed = f", {row['speedup']:.2f}x" if "speedup" in row else ""
+        where = row["bytes"] / 1e6, row["mean_kl"]
+        text = f"{row['recipe'][:40]}{speed}"
+        axes.annotate(text, where, (5, 4), textcoords="offset points", fontsize="small")
+    axes.set_yscale("log")
+    axes.margins(0.25, 0.1)
+    axes.set_xlabel("megabytes of weights")
+    axes.set_ylabel("mean KL to float32, nats a token")
+    axes.set_title("size against quality, and speed", loc="left", fontsize="medium")
+    return _finish(figure, file)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidArgument(f"--plot: {error}; pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure: Any, file: str | Path | None) -> Any:
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     if file is not None:
         try:

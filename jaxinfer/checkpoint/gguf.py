@@ -9,6 +9,7 @@ a large vocabulary and trusts the file.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -94,6 +95,22 @@ class GGUFFile:
     def read(self, name: str, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
         """See `TensorSource.read`."""
         return read_rows(self.path, self._extents, name, start, stop, dtype)
+
+    def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start:stop of a tensor as they lie in the file: uint8 [blocks, bytes of a block]."""
+        extent = self._extents[name]
+        raw = dataclasses.replace(
+            extent,
+            shape=(
+                extent.shape[0],
+                math.prod(extent.shape[1:]) // extent.block * extent.block_bytes,
+            ),
+            block=1,
+            block_bytes=1,
+            decode=lambda data: data,
+        )
+        rows = read_rows(self.path, {name: raw}, name, start, stop, np.dtype(np.uint8))
+        return rows.reshape(-1, extent.block_bytes)
 
 
 class _Record(NamedTuple):

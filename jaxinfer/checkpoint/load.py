@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from jaxinfer.checkpoint import generation_config, names, parameters
+from jaxinfer.checkpoint.blocks import FORMATS
 from jaxinfer.checkpoint.describe import gguf_config
-from jaxinfer.checkpoint.gguf import GGUFFile
+from jaxinfer.checkpoint.gguf import NUMBERS, GGUFFile
 from jaxinfer.checkpoint.hf_config import config_from_hf
 from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
@@ -24,16 +28,21 @@ from jaxinfer.checkpoint.placement import (
     nest,
     param_shapes,
     require_room,
+    schemes_of,
 )
 from jaxinfer.checkpoint.safetensors import SafetensorsFiles
 from jaxinfer.checkpoint.source import TensorSource
 from jaxinfer.config import ModelConfig
 from jaxinfer.distributed import is_first
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, param_dtype
-from jaxinfer.quantize import Recipe
+from jaxinfer.quantize import Quantized, pack
+from jaxinfer.recipes import Recipe, Schemes, with_digits
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources
 from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
+
+logger = logging.getLogger("jaxinfer")
 
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
 
@@ -53,6 +62,8 @@ def load_checkpoint(
       CorruptFile, UnsupportedModel, ModelNotFound, OutOfMemory, InvalidArgument (sizes that
       do not divide).
     """
+    if quantize and quantize.stored and path.suffix != ".gguf":
+        raise InvalidArgument("quantize=stored keeps the blocks of a .gguf file, which this is not")
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype, layout, quantize)
     if is_orbax(path):
@@ -67,7 +78,12 @@ def _load_gguf(path: Path, dtype: jnp.dtype, layout: Layout, quantize: Recipe | 
     names.check(config, pieces, file.shapes, path.name)
     tokenizer = tokenizer_from_gguf(file.metadata)
     config = fit_config(config, layout)
-    params = read_params(file, pieces, config, dtype, layout, quantize)
+    if quantize and quantize.stored:
+        schemes = stored_schemes(file, pieces, config, quantize.platform)
+    else:
+        schemes = schemes_of(config, quantize)
+    stored = bool(quantize and quantize.stored)
+    params = read_params(file, pieces, config, dtype, layout, schemes, stored)
     return Checkpoint(params, config, tokenizer, SamplingParams(), tuple(tokenizer.eos_ids))
 
 
@@ -92,8 +108,52 @@ def _load_safetensors(
     }
     defaults = generation_config.default_params(generation, where=advice.name)
     config = fit_config(config, layout)
-    params = read_params(files, pieces, config, dtype, layout, quantize)
+    params = read_params(files, pieces, config, dtype, layout, schemes_of(config, quantize))
     return Checkpoint(params, config, tokenizer, defaults, tuple(sorted(ends)))
+
+
+def stored_schemes(
+    file: GGUFFile, pieces: dict[str, names.Piece], config: ModelConfig, platform: str
+) -> Schemes:
+    """Of each matrix whose blocks can be kept. Others are widened, and a line says so."""
+    if config.checkpoint_heads:
+        raise InvalidArgument(
+            "quantize=stored: the heads do not divide over the mesh, and blocks cannot be dealt out"
+        )
+    found, others = {}, set()
+    for path, spec in flat_specs(config).items():
+        kind = file.types[pieces[path].source]
+        if kind in FORMATS and path.endswith(("kernel", "table")):
+            found[path] = with_digits(FORMATS[kind].scheme, platform)
+        elif kind not in NUMBERS and len(spec.shape) > 1:
+            others.add(kind)
+    if others:
+        logger.warning("quantize=stored: blocks of %s are widened", ", ".join(sorted(others)))
+    if not found:
+        raise InvalidArgument(f"quantize=stored: {file.path.name} holds no blocks to keep")
+    return found
+
+
+def read_blocks(source: Any, piece: names.Piece, shape: Any) -> Quantized:
+    """A matrix of a GGUF file, an entry of `param_shapes`, as it is stored there."""
+    raw = source.read_blocks(piece.source, piece.start, piece.stop)
+    blocks = FORMATS[source.types[piece.source]].split(raw)
+
+    def lay(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+        x = x.reshape(piece.stop - piece.start, -1)
+        if piece.interleaved:
+            x = parameters.deinterleave(x, piece.interleaved)
+        x = x.reshape(len(x), like.shape[0], -1).swapaxes(0, 1)
+        bytes_ = pack(jnp.asarray(x), shape.scheme) if x.shape[2] > 1 else x[:, :, 0]
+        return jax.device_put(bytes_, like.sharding)
+
+    offset = None if blocks.offset is None else lay(blocks.offset, shape.offset)
+    return dataclasses.replace(
+        shape,
+        values=lay(blocks.codes, shape.values),
+        scale=lay(blocks.scale, shape.scale),
+        offset=offset,
+    )
 
 
 def read_params(
@@ -102,7 +162,8 @@ def read_params(
     config: ModelConfig,
     dtype: jnp.dtype,
     layout: Layout,
-    quantize: Recipe | None = None,
+    schemes: Schemes | None = None,
+    stored: bool = False,
 ) -> Params:
     """Read every parameter straight to its devices, a few at a time.
 
@@ -115,13 +176,16 @@ def read_params(
       config: `sharding.fit_config` of that.
       dtype: of the weights.
       layout: how they lie on their devices.
-      quantize: None, or how matrices are kept; that happens on the devices.
+      schemes: how matrices are kept; they are rounded on the devices.
+      stored: they are blocks of a GGUF file, which `schemes` describes, and not rounded.
     """
     specs, heads = flat_specs(config), head_sources(config)
-    shapes = param_shapes(config, dtype, layout, quantize)
+    shapes = param_shapes(config, dtype, layout, schemes)
     require_room(shapes, layout)
 
     def read(path: str) -> Any:
+        if stored and path in (schemes or {}):
+            return read_blocks(source, pieces[path], shapes[path])
         spec, piece, where = specs[path], pieces[path], layout.sharding(specs[path].axes)
         places = where.addressable_devices_indices_map(spec.shape)
         # Devices that hold the same part share what is read.
@@ -138,7 +202,7 @@ def read_params(
             for device, index in places.items()
         ]
         whole = jax.make_array_from_single_device_arrays(spec.shape, where, shards)
-        return keep(whole, spec, shapes[path])
+        return keep(whole, shapes[path])
 
     with ThreadPoolExecutor(READERS) as pool:  # numpy lets go of the lock while it dequantizes
         values = tqdm(

@@ -24,7 +24,7 @@ from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.placement import (
     Checkpoint,
     flat_specs,
-    keep,
+    keep_params,
     lay_params,
     nest,
     param_shapes,
@@ -33,8 +33,8 @@ from jaxinfer.checkpoint.placement import (
 from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
-from jaxinfer.model import param_dtype, param_specs
-from jaxinfer.quantize import Quantized, Recipe
+from jaxinfer.quantize import Quantized
+from jaxinfer.recipes import Recipe, Schemes, matrix_size, read_scheme, with_digits
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
@@ -59,18 +59,17 @@ def save_orbax(folder: Path, checkpoint: Checkpoint) -> None:
 
     if checkpoint.config.checkpoint_heads:
         raise InvalidArgument("these weights have heads spread over a mesh: load them without one")
-    if any(isinstance(x, Quantized) for x in checkpoint.params["embed"].values()):
-        raise InvalidArgument("quantized weights cannot be written yet: convert the model as it is")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InvalidArgument(f"{label(folder)}: is not empty; name a new folder")
         with ocp.StandardCheckpointer() as writer:
-            writer.save(folder.absolute() / WEIGHTS, checkpoint.params)
+            writer.save(folder.absolute() / WEIGHTS, nest(_flat(checkpoint.params)))
         save_tokenizer(checkpoint.tokenizer, folder)
         description = {
             "format": FORMAT,
             "dtype": str(checkpoint.params["embed"]["table"].dtype),
+            "quantized": _describe(checkpoint.params),
             "config": dataclasses.asdict(checkpoint.config),
             "sampling": dataclasses.asdict(checkpoint.default_params),
             "eos_token_id": list(checkpoint.eos_ids),
@@ -90,19 +89,78 @@ def stored_dtype(folder: Path) -> str:
 def load_orbax(
     folder: Path, *, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
 ) -> Checkpoint:
-    """Load what `save_orbax` wrote; weights of another dtype are cast as they are read."""
+    """Load what `save_orbax` wrote; weights of another dtype are cast as they are read.
+
+    Raises InvalidArgument where a recipe is asked for and the weights are quantized already.
+    """
     where = DESCRIPTION
     fields = Fields(read_json(folder / DESCRIPTION), where)
     fields.only("format", FORMAT, why="not a format this version reads")
     config = config_json.from_fields(fields.table("config"), where)
     sampling = _sampling(fields.get("sampling", {}), where)
     ends = eos_ids(fields.values, where=where)
-    params = _read_weights(folder / WEIGHTS, config, dtype, layout)
-    params, config = lay_params(params, config, layout)
+    held = _schemes(fields.get("quantized", {}), config, layout, where)
+    if held and quantize:
+        raise InvalidArgument(
+            f"{label(folder)}: is quantized already ({sorted(_names(held))[0]}); load it without"
+            " quantize, or convert the original anew"
+        )
+    if held and fit_config(config, layout).checkpoint_heads:
+        raise InvalidArgument(
+            f"{label(folder)}: is quantized, and its heads do not divide over the mesh: use the"
+            " original, or another mesh"
+        )
+    params = _read_weights(folder / WEIGHTS, config, dtype, layout, held)
+    if not held:
+        params, config = lay_params(params, config, layout)
     if quantize:
-        shapes = nest(param_shapes(config, dtype, layout, quantize))
-        params = jax.tree.map(keep, params, param_specs(config), shapes)
+        params = keep_params(params, config, dtype, layout, quantize)
     return Checkpoint(params, config, load_tokenizer(folder), sampling, ends)
+
+
+def _flat(params: Any) -> dict[str, Any]:
+    """Path -> array; a quantized weight is several, each behind its name."""
+    leaves = jax.tree.leaves_with_path(params)
+    return {
+        "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path): leaf
+        for path, leaf in leaves
+    }
+
+
+def _describe(params: Any) -> dict[str, Any]:
+    """Path of each quantized weight -> its scheme, as JSON has it."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return {
+        "/".join(key.key for key in path): {
+            **dataclasses.asdict(leaf.scheme),
+            "digits": leaf.scheme.digits % 2,  # two are how this machine multiplies by floats
+        }
+        for path, leaf in leaves
+        if isinstance(leaf, Quantized)
+    }
+
+
+def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Schemes:
+    """What `_describe` wrote, for these devices."""
+    platform = layout.platform
+    known, found = flat_specs(config), {}
+    if not isinstance(values, dict):
+        raise CorruptFile(f"{where}: quantized: not a table")
+    for path, entry in values.items():
+        if path not in known or not isinstance(entry, dict):
+            raise CorruptFile(
+                f"{where}: quantized: {one_line(path)} is no parameter of this config"
+            )
+        try:
+            size = matrix_size(known[path].shape, known[path].inputs)
+            found[path] = with_digits(read_scheme(entry, *size), platform)
+        except InvalidArgument as error:
+            raise CorruptFile(f"{where}: quantized: {one_line(path)}: {error}") from error
+    return found
+
+
+def _names(schemes: Schemes) -> set[str]:
+    return {"fp8" if s.fp8 else f"int{s.bits}" for s in schemes.values()}
 
 
 def _sampling(values: Any, where: str) -> SamplingParams:
@@ -112,44 +170,42 @@ def _sampling(values: Any, where: str) -> SamplingParams:
         raise CorruptFile(f"{where}: sampling: {one_line(error, 90)}") from error
 
 
-def _read_weights(folder: Path, config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> Any:
+def _read_weights(
+    folder: Path, config: ModelConfig, dtype: jnp.dtype, layout: Layout, schemes: Schemes
+) -> Any:
     import orbax.checkpoint as ocp
 
     fitted = fit_config(config, layout)
-    require_room(param_shapes(fitted, dtype, layout), layout)
-    specs, final = flat_specs(config), flat_specs(fitted)
+    final = param_shapes(fitted, dtype, layout, schemes)
+    require_room(final, layout)
     # Heads that are yet to be spread do not divide: until then their weights lie cut along D.
     divides = config.width % layout.parts("N") == 0
     cuts = tuple(("D", along) for letter, along in layout.cuts if letter == "N" and divides)
     aside = dataclasses.replace(layout, cuts=cuts)
+    as_saved = param_shapes(config, dtype, aside, schemes)
     if not folder.is_dir():
         raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
-    wanted = {
-        path: jax.ShapeDtypeStruct(
-            spec.shape,
-            param_dtype(path, dtype),
-            sharding=(layout if spec == final[path] else aside).sharding(spec.axes),
-        )
-        for path, spec in specs.items()
-    }
+    tree = {p: final[p] if x.shape == final[p].shape else x for p, x in as_saved.items()}
+    wanted = _flat(nest(tree))
     with ocp.StandardCheckpointer() as reader:
         try:
             held = _shapes(reader.metadata(folder.absolute()).item_metadata)
         except Exception as error:  # whatever its parsers raise on a file that lies
             raise _broken(folder, error) from error
-        for path, spec in specs.items():
-            if held.get(path) != spec.shape:
+        for path, like in wanted.items():
+            if held.get(path) != like.shape:
                 raise CorruptFile(
                     f"{label(folder)}: {path} has shape {held.get(path)};"
-                    f" the config asks for {spec.shape}"
+                    f" the config asks for {like.shape}"
                 )
-        if extra := sorted(set(held) - set(specs)):
+        if extra := sorted(set(held) - set(wanted)):
             name = one_line(extra[0])
             raise CorruptFile(f"{label(folder)}: {name} is no parameter of this config")
         try:
-            return reader.restore(folder.absolute(), nest(wanted))
+            read = _flat(reader.restore(folder.absolute(), nest(wanted)))
         except Exception as error:
             raise _broken(folder, error) from error
+    return jax.tree.unflatten(jax.tree.structure(nest(tree)), [read[path] for path in wanted])
 
 
 def _shapes(metadata: Any) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,10 @@ import numpy as np
 from jaxinfer import memory
 from jaxinfer.checkpoint.parameters import Select
 from jaxinfer.config import ModelConfig
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, ParamSpec, param_dtype, param_specs
-from jaxinfer.quantize import Quantized, Recipe
-from jaxinfer.quantize import quantize as quantized
+from jaxinfer.quantize import FP8, Quantized, Scheme, quantize
+from jaxinfer.recipes import Recipe, Schemes, matrix_size
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources, put
 from jaxinfer.tokenizer import Tokenizer
@@ -120,43 +121,84 @@ def _spread_heads(x: jax.Array, *, axes: str, heads: Mapping[str, np.ndarray]) -
     return x
 
 
+def schemes_of(config: ModelConfig, recipe: Recipe | None) -> Schemes:
+    """What a recipe says of each parameter.
+
+    Raises InvalidArgument where a matrix does not divide.
+    """
+    if recipe is None:
+        return {}
+    found = {
+        path: recipe.scheme(path, *matrix_size(spec.shape, spec.inputs))
+        for path, spec in flat_specs(config).items()
+    }
+    return {path: scheme for path, scheme in found.items() if scheme is not None}
+
+
 def param_shapes(
-    config: ModelConfig, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
+    config: ModelConfig, dtype: jnp.dtype, layout: Layout, schemes: Schemes | None = None
 ) -> dict[str, Any]:
-    """Path of each parameter -> what it will be: shapes, dtypes and shardings, without an array."""
+    """Path of each parameter -> what it will be: shapes, dtypes and shardings, without an array.
+
+    Raises InvalidArgument where the groups of a scheme do not divide over the devices.
+    """
 
     def one(path: str, spec: ParamSpec) -> Any:
-        kind = param_dtype(path, dtype)
-        if quantize is None or not path.endswith(("kernel", "table")):
-            return _shape(spec.shape, spec.axes, kind)
-        rest = [i for i in range(len(spec.shape)) if i not in spec.inputs]
-        scale = tuple(spec.shape[i] for i in rest), "".join(spec.axes[i] for i in rest)
-        values: Any = _shape(spec.shape, spec.axes, jnp.int8)
-        return Quantized(values, _shape(*scale, jnp.float32), kind)
+        kind, scheme = param_dtype(path, dtype), (schemes or {}).get(path)
+        if scheme is None:
+            return shape_of(spec.shape, spec.axes, kind)
+        outputs, count = matrix_size(spec.shape, spec.inputs)
+        groups = scheme.groups(count)
+        out = next(a for i, a in enumerate(spec.axes) if i not in spec.inputs)
+        into = spec.axes[spec.inputs[0]]
+        # A letter that cuts the inputs cuts the groups, or the inputs of the only one.
+        cut = f"{into}{out}" if groups > 1 else f"_{out}"
+        stored = groups, outputs // scheme.in_byte, count // groups
+        for size, letter in zip(stored, cut, strict=False):
+            if size % layout.parts(letter):
+                raise InvalidArgument(
+                    f"{path}: {size} {'groups' if letter == into else 'bytes of codes'} do not"
+                    f" divide over {layout.parts(letter)} devices; quantize=int8 does"
+                )
+        code: Any = FP8 if scheme.fp8 else jnp.int8
+        values: Any = shape_of(stored, cut if groups > 1 else cut + into, code)
+        scale: Any = shape_of((groups, outputs), cut, jnp.dtype(scheme.scale_dtype))
+        offset = scale if scheme.zero else None
+        return Quantized(values, scale, offset, scheme, spec.shape, spec.inputs, kind)
 
-    def _shape(shape: tuple[int, ...], axes: str, kind: Any) -> Any:
+    def shape_of(shape: tuple[int, ...], axes: str, kind: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=layout.sharding(axes))
 
     return {path: one(path, spec) for path, spec in flat_specs(config).items()}
 
 
-def keep(x: jax.Array, spec: ParamSpec, shape: Any) -> Any:
+def keep(x: jax.Array, shape: Any) -> Any:
     """A parameter as its entry of `param_shapes` says."""
     if not isinstance(shape, Quantized):
         return x
-    return _quantize(x, spec.inputs, shape.values.sharding, shape.scale.sharding)
+    where = jax.tree.map(lambda leaf: leaf.sharding, shape)
+    return _quantize(x, shape.inputs, shape.scheme, tuple(jax.tree.leaves(where)))
+
+
+def keep_params(
+    params: Params, config: ModelConfig, dtype: jnp.dtype, layout: Layout, recipe: Recipe
+) -> Params:
+    """Weights that are in memory and lie on `layout`, kept as a recipe says."""
+    shapes = param_shapes(config, dtype, layout, schemes_of(config, recipe))
+    return jax.tree.map(keep, params, nest(shapes))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))  # one program a shape, not one a matrix
 def _quantize(
     x: jax.Array,
     inputs: tuple[int, ...],
-    values: jax.sharding.Sharding,
-    scale: jax.sharding.Sharding,
+    scheme: Scheme,
+    where: tuple[jax.sharding.Sharding, ...],
 ) -> Quantized:
-    made = quantized(x, inputs)
-    where: Any = Quantized(values, scale, made.dtype)  # type: ignore[arg-type]
-    return jax.lax.with_sharding_constraint(made, where)
+    made = quantize(x, inputs, scheme)
+    leaves, tree = jax.tree.flatten(made)
+    laid = [jax.lax.with_sharding_constraint(x, s) for x, s in zip(leaves, where, strict=True)]
+    return jax.tree.unflatten(tree, laid)
 
 
 def bytes_a_device(shapes: Any) -> int:

@@ -5,6 +5,7 @@ Commands:
   convert    write a model as an Orbax checkpoint, which loads straight to shardings
   bench      measure tokens per second, plain and with drafters
   audit      prove that a drafter does not change what a model says
+  quality    say what quantizing a model costs, and what it gains
   plan       say whether a model fits a machine, and how fast at best
 
 `jaxinfer COMMAND --help` lists the flags of a command.
@@ -25,7 +26,7 @@ from absl import flags
 import jaxinfer
 from jaxinfer.errors import JaxinferError, OutOfMemory
 
-COMMANDS = ("generate", "convert", "bench", "audit", "plan")
+COMMANDS = ("generate", "convert", "bench", "audit", "quality", "plan")
 HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 

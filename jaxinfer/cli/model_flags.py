@@ -12,12 +12,13 @@ from jaxinfer.errors import InvalidArgument
 DEVICES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # our name -> JAX's
 
 
-def define_model_flags(values: flags.FlagValues) -> None:
-    """Define the flags on `values`."""
+def define_model_flags(values: flags.FlagValues, many: bool = False) -> None:
+    """Define the flags on `values`; `many`: --quantize may be given several times."""
     to: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("model", DEFAULT_MODEL, "Alias, hf://org/name, folder or .gguf file.", **to)
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
-    flags.DEFINE_string("quantize", None, "int8: matrices in eight bits; default: as dtype.", **to)
+    define = flags.DEFINE_multi_string if many else flags.DEFINE_string
+    define("quantize", None, "int8, int4, int2, fp8, w8a8, stored, or rules by name.", **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
@@ -94,7 +95,7 @@ def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
 
 
 def load_model(values: flags.FlagValues, **options: Any) -> Any:
-    """The LLM that the flags name."""
+    """The LLM that the flags name; `options` of `load` that say otherwise win."""
     import jax
 
     import jaxinfer
@@ -111,11 +112,7 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
         ) from error
     if "mesh" in values:
         options["mesh"] = make_mesh(values.mesh)
-    return jaxinfer.load(
-        values.model,
-        dtype=values.dtype,
-        quantize=values.quantize,
-        kernels=values.kernels,
-        max_len=values.max_len,
-        **options,
-    )
+    named: dict[str, Any] = {
+        name: values[name].value for name in ("dtype", "quantize", "kernels", "max_len")
+    }
+    return jaxinfer.load(values.model, **(named | options))

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxinfer import cache, steps
 from jaxinfer.batch import Model, batch_rows
 from jaxinfer.checkpoint.describe import describe
-from jaxinfer.checkpoint.placement import bytes_a_device, nest, param_shapes
+from jaxinfer.checkpoint.placement import bytes_a_device, nest, param_shapes, schemes_of
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.hardware import TOPOLOGIES
 from jaxinfer.planner.programs import DoesNotFit, Program, compile_all
 from jaxinfer.planner.target import Target, find_target, tpu_devices
-from jaxinfer.quantize import Recipe
+from jaxinfer.recipes import STORED, Recipe, make_recipe
 from jaxinfer.sharding import Layout, Rules, fit_config, make_layout, make_mesh, spread_note
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
@@ -82,7 +82,7 @@ def plan(
     *,
     batch: int = 8,
     context: int = 8192,
-    quantize: Recipe | None = None,
+    quantize: str | None = None,
     dtype: str = "bfloat16",
     drafter: str = "ngram",
     num_draft: int = 7,
@@ -114,8 +114,10 @@ def plan(
       InvalidArgument: an unknown preset or slice, sizes that do not divide, a number out of range.
       JaxinferError: libtpu is missing, or the model cannot be found.
     """
-    _check(batch, context, quantize, dtype, num_draft, acceptance)
+    _check(batch, context, dtype, num_draft, acceptance)
     target = find_target(topology)
+    if quantize == STORED:
+        raise InvalidArgument("quantize=stored is of a file, which a plan has not; int4 is like it")
     if data < 1 or target.devices % data:
         raise InvalidArgument(f"data={data}: {topology} has {target.devices} devices")
     known = model if isinstance(model, ModelConfig) else describe(model, cache=cache_dir)
@@ -188,13 +190,17 @@ class _Asked:
     target: Target
     batch: int
     context: int
-    quantize: Recipe | None
+    quantize: str | None
     dtype: str
     drafter: str
     num_draft: int
     acceptance: float
     data: int
     rules: Rules | None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return make_recipe(self.quantize, self.target.chip.kind)
 
     def layout(self, mesh: Any) -> Layout:
         return make_layout(mesh, self.rules)
@@ -205,14 +211,10 @@ class _Asked:
         return self.layout(AbstractMesh(sides, ("data", "model"), axis_types=(AxisType.Auto,) * 2))
 
 
-def _check(
-    batch: int, context: int, quantize: Any, dtype: str, num_draft: int, acceptance: float
-) -> None:
+def _check(batch: int, context: int, dtype: str, num_draft: int, acceptance: float) -> None:
     for name, value, most in (("batch", batch, 1 << 16), ("context", context, 1 << 24)):
         if not 1 <= value <= most:
             raise InvalidArgument(f"{name}={value}: must be 1 to {most}")
-    if quantize not in (None, *get_args(Recipe)):
-        raise InvalidArgument(f"quantize={quantize!r:.40}: None, {', '.join(get_args(Recipe))}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InvalidArgument(f"dtype={dtype!r:.40}: one of float32, bfloat16, float16")
     if not 0 <= num_draft <= MAX_DRAFT:
@@ -239,7 +241,7 @@ def _sizes(asked: _Asked) -> _Sizes:
     def of(config: ModelConfig) -> tuple[int, int, int]:
         """Weights, what a step reads of them and of the cache, and the cache."""
         fitted = fit_config(config, layout)
-        shapes = param_shapes(fitted, dtype, layout, asked.quantize)
+        shapes = param_shapes(fitted, dtype, layout, schemes_of(fitted, asked.recipe))
         held = bytes_a_device(shapes)
         # A table that is not the head as well is looked up, not read.
         table = 0 if config.tied else bytes_a_device(shapes["embed/table"])
@@ -352,7 +354,7 @@ def _compile(asked: _Asked, notes: list[str]) -> list[Program]:
 
     def model(config: ModelConfig) -> Model:
         fitted = fit_config(config, layout)
-        params = nest(param_shapes(fitted, dtype, layout, asked.quantize))
+        params = nest(param_shapes(fitted, dtype, layout, schemes_of(fitted, asked.recipe)))
         made = Model(params, fitted, dtype, layout, config.vocab_size, "pallas_tpu")
         try:
             made.check_kernels()

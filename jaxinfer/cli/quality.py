@@ -1,0 +1,100 @@
+"""jaxinfer quality: what quantizing costs, and what it gains.
+
+jaxinfer quality --quantize=int8 --quantize=int4 --plot=quality.png
+jaxinfer quality --model=gemma-3-270m --quantize='embed=int8,int4:g64' --text=book.txt
+
+Each recipe is compared with the model in float32, on text: perplexity, KL divergence of next-token
+distributions, how often both would choose the same token, bytes, and tokens a second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxinfer.cli.model_flags import define_model_flags, load_model
+from jaxinfer.errors import InvalidArgument
+
+DEFAULT = ("int8", "w8a8", "fp8", "int4", "int2")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags on `values`."""
+    define_model_flags(values, many=True)
+    to: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string("text", None, "A text file; default: Python's own documentation.", **to)
+    flags.DEFINE_integer("tokens", 4096, "How much of it is read.", lower_bound=64, **to)
+    flags.DEFINE_integer("runs", 3, "Runs of each model for its speed; 0: none.", **to)
+    flags.DEFINE_string("plot", None, "Draw bytes against KL into this .png or .svg.", **to)
+    flags.DEFINE_string("json", None, "Write the figures into this file.", **to)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Compare as the flags say."""
+    if not 0 <= values.runs <= 1000:
+        raise InvalidArgument(f"--runs={values.runs}: 0 to 1000")
+    from jaxinfer.bench import plot, quality
+
+    for path in filter(None, (values.plot, values.json)):
+        if not Path(path).absolute().parent.is_dir():
+            raise InvalidArgument(f"{path}: there is no such folder")
+    if values.plot:
+        plot.draw_quality([])  # before anything is measured: fails where it will fail
+
+    text = read_text(values.text)
+    recipes = values.quantize or list(DEFAULT)
+    reference = load_model(values, dtype="float32", quantize=None)
+    rows = quality.stretches(reference, text, values.tokens)
+    found = [_row("float32", reference, {})]
+    print(_line(found[0], head=True), flush=True)
+    for recipe in recipes:
+        other = load_model(values, quantize=recipe)
+        row = _row(recipe, other, quality.summary(quality.compare(reference, other, rows)))
+        if values.runs:
+            row |= quality.speed(reference, other, rows[0][:32].tolist(), values.runs)
+        if len(found) == 1:  # the text's own perplexity is known now
+            found[0]["perplexity"] = row["reference_perplexity"]
+            print(_line(found[0]), flush=True)
+        found.append(row)
+        print(_line(row), flush=True)
+        del other
+    if values.json:
+        result = {"model": values.model, "tokens": int(rows.size), "rows": found}
+        Path(values.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if values.plot:
+        plot.draw_quality(found, values.plot)
+        print(f"picture: {values.plot}", file=sys.stderr)
+
+
+def read_text(path: str | None) -> str:
+    """The text at a path, or Python's documentation."""
+    if path is None:
+        from jaxinfer.bench.quality import own_text
+
+        return own_text()
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"--text={path}: {error}") from error
+
+
+def _row(name: str, llm: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"recipe": name, "bytes": llm.nbytes, "dtype": llm.model.dtype.name, **figures}
+
+
+def _line(row: dict[str, Any], head: bool = False) -> str:
+    if head:
+        return (
+            f"{'recipe':28} {'MB':>7} {'perplexity':>10} {'mean KL':>9} {'max KL':>8}"
+            f" {'agree':>6} {'tok/s':>7} {'speed':>6}"
+        )
+    cells = [f"{row['recipe'][:28]:28} {row['bytes'] / 1e6:7.1f} {row['perplexity']:10.3f}"]
+    if "mean_kl" in row:
+        cells.append(f"{row['mean_kl']:9.6f} {row['max_kl']:8.4f} {100 * row['agreement']:5.1f}%")
+    if "speedup" in row:
+        cells.append(f"{row['tokens_per_second']:7.1f} {row['speedup']:5.2f}x")
+    return " ".join(cells)
