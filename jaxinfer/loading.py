@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import steps
+from jaxinfer import gptq, steps
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
+from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
 from jaxinfer.drafters import NAMES
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
-from jaxinfer.recipes import make_recipe
+from jaxinfer.quantize import Quantized
+from jaxinfer.recipes import Recipe, make_recipe
 from jaxinfer.sharding import Rules, make_layout, spread_note
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from pallas_kernels import Impl
+
+CALIBRATION_WINDOW = 256  # tokens of a stretch
+CALIBRATION_STRETCHES = 48  # most that are read
 
 logger = logging.getLogger("jaxinfer")
 
@@ -31,6 +39,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     quantize: str | None = None,
+    calibration: Sequence[str] | None = None,
     kernels: Impl = "auto",
     drafter: DrafterLike = None,
     num_draft: int | Literal["auto"] | None = None,
@@ -52,6 +61,8 @@ def load(
         leaves hidden widths whole. A drafter given by name lies like the model.
       quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
+      calibration: texts whose activations say how to round, by GPTQ; None: to nearest. Takes a
+        second or two a layer, and the memory of the model as it is.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
@@ -75,6 +86,10 @@ def load(
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
     recipe = make_recipe(quantize, _platform(mesh))
+    if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
+        raise InvalidArgument(
+            "calibration needs quantize, of another kind than stored, and no mesh"
+        )
     impl, layout = _kernels(kernels, mesh, exact), make_layout(mesh, rules)
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
@@ -90,7 +105,10 @@ def load(
             kernels=kernels,
             cache_dir=cache_dir,
         )
-    checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=recipe)
+    to_nearest = None if calibration else recipe
+    checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=to_nearest)
+    if recipe and calibration:
+        checkpoint = calibrated(checkpoint, recipe, calibration, kind)
     if note := spread_note(checkpoint.config):
         logger.warning("%s: %s", name, note)
     return LLM(
@@ -110,6 +128,23 @@ def load(
         verifier=verifier,
         exact=exact,
     )
+
+
+def calibrated(
+    checkpoint: Checkpoint, recipe: Recipe, texts: Sequence[str], dtype: jnp.dtype
+) -> Checkpoint:
+    """A checkpoint with its matrices rounded as the texts suggest."""
+    if isinstance(leaf := checkpoint.params["embed"]["table"], Quantized):
+        raise InvalidArgument(f"the model is quantized already, in {leaf.scheme.bits} bits")
+    encode, size = checkpoint.tokenizer.encode, min(CALIBRATION_WINDOW, checkpoint.config.max_len)
+    ids = [i for text in texts for i in encode(text)]
+    count = min(len(ids) // size, CALIBRATION_STRETCHES)
+    if not count:
+        raise InvalidArgument(f"calibration: {len(ids)} tokens; {size} are the least")
+    tokens = np.array(ids[: count * size], np.int32).reshape(count, size)
+    schemes = schemes_of(checkpoint.config, recipe)
+    params = gptq.round_model(checkpoint.params, checkpoint.config, schemes, tokens, dtype)
+    return dataclasses.replace(checkpoint, params=params)
 
 
 def _platform(mesh: Mesh | None) -> str:

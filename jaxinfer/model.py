@@ -256,6 +256,34 @@ def _block(
     return out
 
 
+def block_with_moments(
+    params: Params,
+    x: jax.Array,  # [B,T,D]
+    rope: tuple[jax.Array, jax.Array] | None,
+    start: jax.Array,  # [B]
+    num_new: jax.Array,  # [B]
+    cache: LayerCache,
+    config: ModelConfig,
+    layer: LayerConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer's residual stream [B,T,D]; and of each of its projections, by a name such as
+    "attn/q", the sum of x x^T [I,I] f32 over all its inputs x [I]. For calibration."""
+    moments: dict[str, jax.Array] = {}
+
+    def note(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, Linear) and context.method_name == "__call__":
+            rows = args[0].astype(jnp.float32)
+            rows = rows.reshape(rows.shape[0] * rows.shape[1], -1)
+            moments["/".join(module.path)] = rows.T @ rows
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        block = Block(config, layer, XLA)
+        out: Any = block.apply({"params": params}, x, rope, start, num_new, cache)
+    return out[0], moments
+
+
 def head(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:
     """Logits [B,T,V] float32 of hidden [B,T,D]; call it only for positions that somebody needs."""
     table = params["embed" if config.tied else "head"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -19,6 +20,8 @@ def define_model_flags(values: flags.FlagValues, many: bool = False) -> None:
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
     define = flags.DEFINE_multi_string if many else flags.DEFINE_string
     define("quantize", None, "int8, int4, int2, fp8, w8a8, stored, or rules by name.", **to)
+    what = "A text file: round by GPTQ, as its activations suggest; own: Python's documentation."
+    flags.DEFINE_string("calibrate", None, what, **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
@@ -115,4 +118,18 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
     named: dict[str, Any] = {
         name: values[name].value for name in ("dtype", "quantize", "kernels", "max_len")
     }
+    if values.calibrate is not None:
+        named["calibration"] = [read_text(values.calibrate)]
     return jaxinfer.load(values.model, **(named | options))
+
+
+def read_text(path: str) -> str:
+    """The text at a path; "own": half of Python's documentation, the half for calibrating."""
+    if path == "own":
+        from jaxinfer.bench.quality import own_text
+
+        return own_text(1)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxinfer.cli.model_flags import define_model_flags, load_model
+from jaxinfer.cli.model_flags import define_model_flags, load_model, read_text
 from jaxinfer.errors import InvalidArgument
 
 DEFAULT = ("int8", "w8a8", "fp8", "int4", "int2")
@@ -45,9 +45,9 @@ def run(values: flags.FlagValues) -> None:
     if values.plot:
         plot.draw_quality([])  # before anything is measured: fails where it will fail
 
-    text = read_text(values.text)
+    text = quality.own_text() if values.text is None else read_text(values.text)
     recipes = values.quantize or list(DEFAULT)
-    reference = load_model(values, dtype="float32", quantize=None)
+    reference = load_model(values, dtype="float32", quantize=None, calibration=None)
     rows = quality.stretches(reference, text, values.tokens)
     found = [_row("float32", reference, {})]
     print(_line(found[0], head=True), flush=True)
@@ -68,18 +68,6 @@ def run(values: flags.FlagValues) -> None:
     if values.plot:
         plot.draw_quality(found, values.plot)
         print(f"picture: {values.plot}", file=sys.stderr)
-
-
-def read_text(path: str | None) -> str:
-    """The text at a path, or Python's documentation."""
-    if path is None:
-        from jaxinfer.bench.quality import own_text
-
-        return own_text()
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"--text={path}: {error}") from error
 
 
 def _row(name: str, llm: Any, figures: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""GPTQ (arXiv 2210.17323): rounding that looks at what a model does with a text.
+
+To round a weight to nearest is the best for that weight alone. GPTQ rounds the inputs of a matrix
+one after the other, and after each moves those that are left so that they make up for its error,
+as far as the activations of a text let them. It is chosen over AWQ (arXiv 2306.00978), which scales
+inputs up before they are rounded to nearest, because it knows no knobs that have to be searched
+for, and leaves every other parameter of the model as it is.
+
+A layer at a time: each sees the activations that the layers before it, rounded, hand on. The head
+comes last; where it is the embedding table as well, that is how its rows are looked up, too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxinfer import rotary
+from jaxinfer.cache import init_cache
+from jaxinfer.checkpoint.placement import flat_specs, keep, nest, param_shapes
+from jaxinfer.config import LayerConfig, ModelConfig
+from jaxinfer.model import Embedding, Params, RMSNorm, block_with_moments
+from jaxinfer.quantize import (
+    Quantized,
+    Scheme,
+    decode,
+    encode,
+    find_scale,
+    pack,
+    to_groups,
+)
+from jaxinfer.recipes import Schemes
+from jaxinfer.sharding import ONE_DEVICE
+
+ROWS = 8  # stretches of text that a layer reads at once
+DAMPING = 0.01  # of the mean squared activation, added to each: the paper's
+BLOCK = 128  # inputs that are rounded together where a scale holds for all of them
+
+
+def round_model(
+    params: Params, config: ModelConfig, schemes: Schemes, tokens: np.ndarray, dtype: jnp.dtype
+) -> Params:
+    """The model with its matrices rounded.
+
+    Args:
+      params: on one device, not quantized.
+      config: of the model.
+      schemes: how matrices are kept; what is fp8, or only looked up, is rounded to nearest.
+      tokens: [n,W] int32, stretches of text.
+      dtype: of the activations.
+    """
+    shapes = nest(param_shapes(config, dtype, ONE_DEVICE, schemes))
+    flat = flat_specs(config)
+    rounded = {
+        name: jax.tree.map(keep, room, shapes[name])
+        for name, room in params.items()
+        if not name.startswith("layer_")
+    }
+    embed: Any = Embedding(config)
+    x = np.asarray(embed.apply({"params": rounded["embed"]}, jnp.asarray(tokens)))  # [n,W,D]
+    for i, layer in enumerate(tqdm(config.layers, desc="calibrating", unit="layer", leave=False)):
+        name = f"layer_{i}"
+        _, moments = _read(params[name], x, config, layer, wanted=True)
+        new: dict[str, Any] = {}
+        for path in (p.removeprefix(f"{name}/") for p in flat if p.startswith(f"{name}/")):
+            held = _at(params[name], path)
+            scheme = schemes.get(f"{name}/{path}")
+            linear = path.rpartition("/")[0]
+            if scheme is None or scheme.fp8:
+                new[path] = keep(held, _at(shapes[name], path))
+            else:
+                inputs = flat[f"{name}/{path}"].inputs
+                new[path] = round_matrix(held, inputs, scheme, moments[linear])
+        rounded[name] = nest(new)
+        x, _ = _read(rounded[name], x, config, layer, wanted=False)
+    table = "embed" if config.tied else "head"
+    scheme = schemes.get(f"{table}/table")
+    if scheme and not scheme.fp8:
+        gathered: Any = sum(
+            np.asarray(_final_moments(params["final_norm"], x[a : a + ROWS], config=config))
+            for a in range(0, len(x), ROWS)
+        )
+        held = params[table]["table"]
+        rounded[table] = {
+            "table": round_matrix(held, (1,), scheme, np.asarray(gathered, np.float64))
+        }
+    return rounded
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _final_moments(params: Params, x: jax.Array, *, config: ModelConfig) -> jax.Array:
+    norm: Any = RMSNorm(config).apply({"params": params}, x)
+    rows = norm.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return rows.T @ rows
+
+
+def _at(tree: Any, path: str) -> Any:
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def _read(
+    params: Params, x: np.ndarray, config: ModelConfig, layer: LayerConfig, *, wanted: bool
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What a layer makes of the residual stream [n,W,D], and the moments of its inputs."""
+    out: list[np.ndarray] = []
+    total: dict[str, Any] = {}
+    for first in range(0, len(x), ROWS):
+        part = x[first : first + ROWS]
+        y, moments = _some(params, part, config=config, layer=layer, wanted=wanted)
+        out.append(np.asarray(y))
+        for name, m in moments.items():
+            total[name] = total.get(name, 0) + np.asarray(m, np.float64)
+    return np.concatenate(out), total
+
+
+@partial(jax.jit, static_argnames=("config", "layer", "wanted"))
+def _some(
+    params: Params, x: jax.Array, *, config: ModelConfig, layer: LayerConfig, wanted: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    batch, width, _ = x.shape
+    start, num_new = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), width)
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    rope = None if layer.rope is None else rotary.tables(layer.rope, positions)
+    cache = init_cache(config, batch, width, x.dtype)
+    kv = cache.layers[config.layers.index(layer)]
+    y, moments = block_with_moments(params, x, rope, start, num_new, kv, config, layer)
+    return y, moments if wanted else {}
+
+
+def round_matrix(
+    w: jax.Array, inputs: tuple[int, ...], scheme: Scheme, moments: np.ndarray
+) -> Quantized:
+    """A matrix rounded so that its products with a text change least.
+
+    Args:
+      w: as for `quantize.quantize`.
+      inputs, scheme: the same.
+      moments: [I,I] f64, sum of x x^T over the text's inputs x [I].
+    """
+    x = to_groups(w.astype(jnp.float32), inputs, scheme)  # [G,O,I]
+    groups, outputs, size = x.shape
+    rows = np.array(jnp.moveaxis(x, 1, 0).reshape(outputs, -1))  # [O,all]
+    upper, dead = _inverse_root(moments)
+    rows[:, dead] = 0  # an input that is always zero
+    step = size if groups > 1 else next(b for b in range(min(BLOCK, size), 0, -1) if size % b == 0)
+    scale, offset = (None, None) if groups > 1 else _scale(jnp.asarray(rows), scheme)
+    codes: list[Any] = []
+    scales: list[Any] = []
+    offsets: list[Any] = []
+    for a in range(0, rows.shape[1], step):
+        b = a + step
+        block = jnp.asarray(rows[:, a:b])
+        if groups > 1:
+            scale, offset = _scale(block, scheme)
+        made, errors = _round_block(block, upper[a:b, a:b], scale, offset, scheme=scheme)
+        rows[:, b:] -= np.asarray(errors) @ upper[a:b, b:]
+        codes.append(made)
+        scales.append(scale)
+        offsets.append(offset)
+    whole = jnp.concatenate(codes, axis=1).reshape(outputs, groups, size).swapaxes(0, 1)
+    return Quantized(
+        pack(whole, scheme),
+        jnp.stack(scales[:groups]),
+        None if offset is None else jnp.stack(offsets[:groups]),
+        scheme,
+        w.shape,
+        inputs,
+        w.dtype,
+    )
+
+
+_scale = jax.jit(find_scale, static_argnums=1)  # one program a shape, not one a group
+
+
+def _inverse_root(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """U [I,I] f32, upper triangular, with U^T U the inverse of the damped moments; dead inputs."""
+    h = np.array(moments)
+    diagonal = np.einsum("ii->i", h)
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    diagonal += DAMPING * diagonal.mean()
+    return np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32), dead
+
+
+@partial(jax.jit, static_argnames=("scheme",))
+def _round_block(
+    w: jax.Array,  # [O,b] f32
+    upper: jax.Array,  # [b,b]
+    scale: jax.Array,  # [O]
+    offset: jax.Array | None,  # [O]
+    *,
+    scheme: Scheme,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes [O,b], and the errors [O,b] that the inputs behind the block are to make up for."""
+
+    def one(j: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        w, codes, errors = carry
+        column = jax.lax.dynamic_slice_in_dim(w, j, 1, axis=1)
+        code = encode(column, scale, offset, scheme)
+        row = jax.lax.dynamic_slice_in_dim(upper, j, 1, axis=0)  # [1,b], zero before j
+        error = (column - decode(code, scale, offset, scheme)) / row[0, j]
+        w = w - error * row
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=j, axis=1)
+        return w, put(codes, code), put(errors, error)
+
+    start = w, jnp.zeros(w.shape, jnp.int8), jnp.zeros_like(w)
+    _, codes, errors = jax.lax.fori_loop(0, w.shape[1], one, start)
+    return codes, errors
