@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
+
+Store = Literal["int8", "fp8"]
+STORED: dict[Store | None, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+LARGEST: dict[Store, float] = {"int8": 127.0, "fp8": 448.0}
+Arrays = tuple[jax.Array, ...]
 
 FEW = 32  # T, most tokens that are a decode or a verify; more are a piece of a prompt
 
@@ -25,6 +30,8 @@ class Kernels:
     is the same whether it came with this forward or an earlier one. Slower on CPU. Pallas kernels
     do so always."""
     layout: Layout = ONE_DEVICE
+    store: Store | None = None
+    """Keys and values are kept in eight bits, with a scale a token and head; None: as they are."""
 
 
 XLA = Kernels()
@@ -34,8 +41,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: Arrays,
     start: jax.Array,
     num_new: jax.Array,
     *,
@@ -43,19 +49,20 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Arrays]:
     """Attention of new tokens over the cache and each other; they join the cache.
 
     Args:
       q: [B,T,N,H].
       k, v: [B,T,K,H], already rotated.
-      k_cache, v_cache: [B,K,S,H], a ring where the layer has a window.
+      cache: keys and values [B,K,S,H], a ring where the layer has a window; and where they are kept
+        in eight bits their scales [B,K,S] f32.
       start: [B] int32, tokens in the cache.
       num_new: [B] int32, how many of the T are real.
       kernels, scale, window, softcap: static; see `pallas_kernels.cached_attention`.
 
     Returns:
-      y [B,T,N,H], k_cache and v_cache.
+      y [B,T,N,H], and the cache.
     """
     step = partial(
         _attend,
@@ -63,45 +70,65 @@ def attend(
         options={"scale": scale, "window": window, "softcap": softcap},
     )
     if kernels.layout.mesh is not None:  # a device sees its own heads and rows: nothing is sent
-        heads, cache, rows = map(kernels.layout.spec, ("BTNH", "BKSH", "B"))
+        heads, rows = map(kernels.layout.spec, ("BTNH", "B"))
+        held = tuple(kernels.layout.spec("BKSH"[: x.ndim]) for x in cache)
         step = jax.shard_map(
             step,
             mesh=kernels.layout.mesh,
-            in_specs=(heads, heads, heads, cache, cache, rows, rows),
-            out_specs=(heads, cache, cache),
+            in_specs=(heads, heads, heads, held, rows, rows),
+            out_specs=(heads, held),
             check_vma=False,  # a Pallas call does not say how its results vary
         )
-    return step(q, k, v, k_cache, v_cache, start, num_new)
+    return step(q, k, v, cache, start, num_new)
 
 
 def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: Arrays,
     start: jax.Array,
     num_new: jax.Array,
     *,
     kernels: Kernels,
     options: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Arrays]:
     impl = kernels.impl
-    if impl == "xla" and not kernels.write_first:
-        y = cached_attention(q, k, v, k_cache, v_cache, start, impl="xla", **options)
+    if impl == "xla" and not kernels.write_first and kernels.store is None:
+        keys, values = cache
+        y = cached_attention(q, k, v, keys, values, start, impl="xla", **options)
         # The cache is written once it has been read: XLA would else copy it to be safe.
         start = _after(start, y)
-        k_cache, v_cache = cache_update((k_cache, v_cache), (k, v), start, num_new, impl="xla")
-        return y, k_cache, v_cache
+        return y, cache_update(cache, (k, v), start, num_new, impl="xla")
+    new: Arrays = (k, v)
+    if kernels.store is not None:
+        (k, k_scale), (v, v_scale) = (_store(x, kernels.store) for x in new)
+        new = k, v, k_scale, v_scale
     # There is no GPU kernel that writes: XLA's scatter is one there.
     writer: Impl = "xla" if impl == "pallas_gpu" else impl
-    k_cache, v_cache = cache_update((k_cache, v_cache), (k, v), start, num_new, impl=writer)
+    cache = cache_update(cache, new, start, num_new, impl=writer)
+    keys, values, *scales = cache
+    few = q.shape[1] <= FEW
     options = options | {"num_new": num_new, "impl": impl}
-    if q.shape[1] <= FEW:
-        y = cached_attention(q, None, None, k_cache, v_cache, start, **options)
-    else:
-        y = attention(q, k_cache, v_cache, start, **options)
-    return y, k_cache, v_cache
+    if scales and few and kernels.store == "int8":
+        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+    elif scales:  # the kernels multiply by scales of int8 alone, and only for few tokens
+        keys, values = (
+            (x.astype(jnp.float32) * by[..., None]).astype(q.dtype)
+            for x, by in zip((keys, values), scales, strict=True)
+        )
+    if few:
+        return cached_attention(q, None, None, keys, values, start, **options), cache
+    return attention(q, keys, values, start, **options), cache
+
+
+def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:
+    """Keys or values [B,T,K,H] in eight bits, and their scales [B,T,K] f32."""
+    x = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(most > 0, most / LARGEST[store], 1)
+    x = x / scale[..., None]
+    return (jnp.round(x) if store == "int8" else x).astype(STORED[store]), scale
 
 
 def _after(start: jax.Array, y: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import cache, memory, steps
-from jaxinfer.attend import Kernels
+from jaxinfer.attend import Kernels, Store
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, forward
@@ -47,6 +47,7 @@ class Model:
     layout: Layout
     vocab_limit: int  # ids from here on pad the logits
     impl: Impl = "xla"  # of the attention kernels
+    store: Store | None = None  # how the cache is kept, see `Kernels`
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -55,7 +56,7 @@ class Model:
 
     def kernels(self, exact: bool = False) -> Kernels:
         """How attention writes and reads a cache of this model."""
-        return Kernels(self.impl, write_first=exact, layout=self.layout)
+        return Kernels(self.impl, write_first=exact, layout=self.layout, store=self.store)
 
     def check_kernels(self) -> None:
         """Raise InvalidArgument where the kernels asked for do not cover this model."""
@@ -94,7 +95,7 @@ class Model:
     def require_cache(self, batch: int, capacity: int) -> None:
         """Raise OutOfMemory unless there is room for such a cache."""
         memory.require(
-            cache.cache_bytes(self.config, batch, capacity, self.dtype)
+            cache.cache_bytes(self.config, batch, capacity, self.dtype, self.store)
             // (self.layout.parts("B") * self.layout.parts("K")),
             f"a cache of {batch} rows x {capacity} tokens",
             "fewer prompts at once, shorter prompts or fewer max_tokens",

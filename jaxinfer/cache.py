@@ -18,19 +18,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.attend import XLA, Kernels
+from jaxinfer.attend import STORED, XLA, Kernels, Store
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.sharding import Layout
 
 TILE = 128  # slots that kernels take at a time: a ring has a multiple of it
+SCALE = jnp.dtype(jnp.float32)
 MAX_BLOCK = 512  # T, most tokens a row that one forward may feed where a layer has a window
 
 
 class LayerCache(NamedTuple):
     """Keys (already rotated) and values of one layer."""
 
-    k: jax.Array  # [B,K,S,H] in the model's dtype
+    k: jax.Array  # [B,K,S,H] in the model's dtype, or in eight bits
     v: jax.Array  # [B,K,S,H]
+    k_scale: jax.Array | None = None  # [B,K,S] f32 where they are in eight bits
+    v_scale: jax.Array | None = None
+
+    @property
+    def held(self) -> tuple[jax.Array, ...]:
+        """The arrays that are there."""
+        return tuple(x for x in self if x is not None)
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +56,6 @@ class KVCache:
         """Bytes of all keys and values."""
         return sum(x.nbytes for x in jax.tree.leaves(self.layers))
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The model's own."""
-        return self.layers[0].k.dtype
-
     def after(self, layers: Sequence[LayerCache], num_new: jax.Array) -> KVCache:
         """The cache once each layer has taken num_new[b] tokens of row b."""
         return dataclasses.replace(self, layers=tuple(layers), lengths=self.lengths + num_new)
@@ -69,10 +72,10 @@ class KVCache:
 
         def pad(x: jax.Array, layer: LayerConfig) -> jax.Array:
             extra = layer_slots(layer, capacity) - x.shape[2]
-            return jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)])
+            return jnp.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)][: x.ndim])
 
         layers = tuple(
-            LayerCache(pad(kv.k, layer), pad(kv.v, layer))
+            LayerCache(*(pad(x, layer) for x in kv.held))
             for kv, layer in zip(self.layers, config.layers, strict=True)
         )
         return dataclasses.replace(self, layers=layers)
@@ -86,8 +89,8 @@ def shardings(tree: Any, layout: Layout) -> Any:
     def lay(x: Any) -> Any:
         if not isinstance(x, KVCache):
             return whole
-        cut: Any = x.kernels.layout.sharding("BKSH")
-        layers = tuple(LayerCache(cut, cut) for _ in x.layers)
+        cut = x.kernels.layout.sharding
+        layers: Any = jax.tree.map(lambda part: cut("BKSH"[: part.ndim]), x.layers)
         return KVCache(layers, whole, x.kernels)
 
     return jax.tree.map(lay, tree, is_leaf=lambda x: isinstance(x, KVCache))
@@ -115,10 +118,15 @@ def cache_shapes(config: ModelConfig, batch: int, capacity: int) -> list[tuple[i
     ]
 
 
-def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> int:
-    """Bytes of keys and values of all layers."""
-    numbers = sum(math.prod(shape) for shape in cache_shapes(config, batch, capacity))
-    return 2 * numbers * jnp.dtype(dtype).itemsize
+def cache_bytes(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, store: Store | None = None
+) -> int:
+    """Bytes of keys and values of all layers, and of their scales."""
+    shapes = cache_shapes(config, batch, capacity)
+    numbers = 2 * sum(math.prod(shape) for shape in shapes)
+    if store is None:
+        return numbers * jnp.dtype(dtype).itemsize
+    return numbers + numbers // config.head_dim * SCALE.itemsize
 
 
 def init_cache(
@@ -129,11 +137,18 @@ def init_cache(
     kernels: Kernels = XLA,
 ) -> KVCache:
     """An empty cache. Zeros, not uninitialised memory: a masked NaN times zero is still NaN."""
-    where = kernels.layout.sharding("BKSH") if kernels.layout.mesh else None
+    kind = STORED.get(kernels.store, dtype)
 
-    def zeros(shape: tuple[int, ...]) -> jax.Array:  # one buffer each: donating one twice fails
-        return jnp.zeros(shape, dtype, device=where)
+    def zeros(shape: tuple[int, ...], kind: Any) -> jax.Array:  # one buffer each: donating one
+        layout = kernels.layout  # twice fails
+        where = layout.sharding("BKSH"[: len(shape)]) if layout.mesh else None
+        return jnp.zeros(shape, kind, device=where)
 
-    shapes = cache_shapes(config, batch, capacity)
-    layers = tuple(LayerCache(zeros(shape), zeros(shape)) for shape in shapes)
+    def layer(shape: tuple[int, int, int, int]) -> LayerCache:
+        kv = zeros(shape, kind), zeros(shape, kind)
+        if kernels.store is None:
+            return LayerCache(*kv)
+        return LayerCache(*kv, zeros(shape[:3], SCALE), zeros(shape[:3], SCALE))
+
+    layers = tuple(map(layer, cache_shapes(config, batch, capacity)))
     return KVCache(layers, jnp.zeros((batch,), jnp.int32), kernels)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import scoring
+from jaxinfer.attend import Store
 from jaxinfer.batch import Batch, Model, capacity_of
 from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
@@ -58,6 +59,7 @@ class LLM:
         mesh: Mesh | None = None,
         rules: Rules | None = None,
         kernels: Impl = "xla",
+        cache_dtype: Store | None = None,
         max_len: int | None = None,
         max_batch: int = 32,
         default_params: SamplingParams | None = None,
@@ -89,7 +91,9 @@ class LLM:
             raise InvalidArgument(
                 "the params do not lie on the mesh: jaxinfer.load puts them there"
             )
-        self.model = Model(params, config, jnp.dtype(dtype), layout, vocab_limit, kernels)
+        self.model = Model(
+            params, config, jnp.dtype(dtype), layout, vocab_limit, kernels, cache_dtype
+        )
         self.model.check_kernels()
         self.num_draft = num_draft
         self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import gptq, steps
+from jaxinfer.attend import Store
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
 from jaxinfer.drafters import NAMES
@@ -41,6 +42,7 @@ def load(
     quantize: str | None = None,
     calibration: Sequence[str] | None = None,
     kernels: Impl = "auto",
+    cache_dtype: Store | None = None,
     drafter: DrafterLike = None,
     num_draft: int | Literal["auto"] | None = None,
     verifier: Verifier = "auto",
@@ -65,6 +67,8 @@ def load(
         second or two a layer, and the memory of the model as it is.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
+      cache_dtype: None, as dtype; "int8" or "fp8": keys and values in eight bits, with a scale a
+        token and head.
       drafter: guesses tokens for the model to verify, see `LLM.speculation`; None: plain decoding.
       num_draft: tokens that it offers a round at most; "auto": as many as pay; None: its own.
       verifier: how they are judged, "exact", "rejection" or "block"; "auto": as suits the drafter.
@@ -85,6 +89,8 @@ def load(
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
+    if cache_dtype not in (None, *get_args(Store)):
+        raise InvalidArgument(f"cache_dtype={cache_dtype!r:.40}: None, int8 or fp8")
     recipe = make_recipe(quantize, _platform(mesh))
     if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
         raise InvalidArgument(
@@ -103,6 +109,7 @@ def load(
             rules=rules,
             quantize=quantize,
             kernels=kernels,
+            cache_dtype=cache_dtype,
             cache_dir=cache_dir,
         )
     to_nearest = None if calibration else recipe
@@ -119,6 +126,7 @@ def load(
         mesh=mesh,
         rules=rules,
         kernels=impl,
+        cache_dtype=cache_dtype,
         max_len=max_len,
         max_batch=max_batch,
         default_params=checkpoint.default_params,

@@ -99,11 +99,11 @@ class Attention(nn.Module):
             k = RMSNorm(c, "KH" if full else "H", name="k_norm")(k)
         if rope is not None:
             q, k = rotary.rotate(q, *rope), rotary.rotate(k, *rope)
-        y, *held = attend(
+        y, held = attend(
             q,
             k,
             v,
-            *cache,
+            cache.held,
             start,
             num_new,
             kernels=self.kernels,

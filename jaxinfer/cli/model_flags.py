@@ -24,6 +24,7 @@ def define_model_flags(values: flags.FlagValues, many: bool = False) -> None:
     flags.DEFINE_string("calibrate", None, what, **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
+    flags.DEFINE_string("cache_dtype", None, "int8 or fp8: keys and values in eight bits.", **to)
     flags.DEFINE_integer("max_len", None, "Context in tokens; default: the model's own.", **to)
 
 
@@ -116,7 +117,8 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
     if "mesh" in values:
         options["mesh"] = make_mesh(values.mesh)
     named: dict[str, Any] = {
-        name: values[name].value for name in ("dtype", "quantize", "kernels", "max_len")
+        name: values[name].value
+        for name in ("dtype", "quantize", "kernels", "max_len", "cache_dtype")
     }
     if values.calibrate is not None:
         named["calibration"] = [read_text(values.calibrate)]

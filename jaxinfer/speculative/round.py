@@ -138,7 +138,7 @@ def _round(
     longest = jnp.max(draft.num, initial=0) + 1
     which = jnp.searchsorted(jnp.asarray(plan.widths), longest)
     none = jnp.zeros_like(want)
-    hidden = jnp.zeros((want.shape[0], plan.widths[-1], config.width), state.cache.dtype)
+    hidden = jnp.zeros((want.shape[0], plan.widths[-1], config.width), _dtype(params))
     outcome = state, none, none, hidden
     for i, width in enumerate(plan.widths):
         verify = partial(_verify, params, rows, draft, config=config, plan=plan, width=width)
@@ -157,6 +157,11 @@ def _round(
         counts=counts,
     )
     return pin(after, state.cache.kernels.layout)
+
+
+def _dtype(params: Params) -> jnp.dtype:
+    """Of the residual stream: that of the embedding."""
+    return params["embed"]["table"].dtype
 
 
 def _if(condition: jax.Array, step: Callable[[Any], Any], carry: Any) -> Any:
