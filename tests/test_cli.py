@@ -76,7 +76,7 @@ def test_help(capsys):
     assert code == 0
     assert "generate" in out
     assert "convert" in out
-    for command in ("generate", "convert", "bench", "audit"):
+    for command in ("generate", "convert", "bench", "audit", "quality"):
         code, out, _ = run(capsys, command, "--helpshort")
         assert code == 0
         assert "--model" in out

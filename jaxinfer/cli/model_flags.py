@@ -20,7 +20,7 @@ def define_model_flags(values: flags.FlagValues, many: bool = False) -> None:
     flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16; default: by device.", **to)
     define = flags.DEFINE_multi_string if many else flags.DEFINE_string
     define("quantize", None, "int8, int4, int2, fp8, w8a8, stored, or rules by name.", **to)
-    what = "A text file: round by GPTQ, as its activations suggest; own: Python's documentation."
+    what = "Round by GPTQ, as this text file suggests; own: Python's manual."
     flags.DEFINE_string("calibrate", None, what, **to)
     flags.DEFINE_string("device", None, "cpu, gpu or tpu; default: the best there is.", **to)
     flags.DEFINE_string("kernels", "auto", "Attention: xla, pallas_tpu or pallas_gpu.", **to)
@@ -126,7 +126,7 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
 
 
 def read_text(path: str) -> str:
-    """The text at a path; "own": half of Python's documentation, the half for calibrating."""
+    """The text at a path; "own": half of Python's documentation, for calibrating."""
     if path == "own":
         from jaxinfer.bench.quality import own_text
 

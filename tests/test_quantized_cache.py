@@ -1,0 +1,87 @@
+"""A cache of eight bits: how small, how near, and that drafts still change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxinfer
+from jaxinfer.attend import FEW, Kernels, _store, attend
+from jaxinfer.cache import cache_bytes, init_cache
+from jaxinfer.config import LayerConfig
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.generate import LLM
+from jaxinfer.testing import tiny_config, tiny_llm
+
+LAYERS = (LayerConfig(window=5), LayerConfig())
+
+
+def with_cache(llm: LLM, store: str | None) -> LLM:
+    return LLM(llm.params, llm.config, llm.tokenizer, dtype=jnp.float32, cache_dtype=store)
+
+
+@pytest.mark.parametrize("store", ["int8", "fp8"])
+def test_what_it_takes_is_what_it_says(store):
+    config, dtype = tiny_config(layers=LAYERS), jnp.dtype(jnp.bfloat16)
+    held = init_cache(config, 3, 200, dtype, Kernels(store=store))
+    assert held.nbytes == cache_bytes(config, 3, 200, dtype, store)
+    whole = cache_bytes(config, 3, 200, dtype)
+    assert held.nbytes == whole // 2 + whole // config.head_dim // 2 * 4
+    assert {x.dtype.itemsize for x in held.layers[0][:2]} == {1}
+
+
+@pytest.mark.parametrize("store", ["int8", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 7, FEW + 8])  # decode, verify, a piece of a prompt
+@pytest.mark.parametrize("window", [None, 12])
+def test_attention_is_that_over_the_rounded_keys_and_values(store, tokens, window):
+    """Rounded by half a step of a token's and head's own scale at most, and exact from there on."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, 60 + tokens, n, 16)), jnp.float32) for n in (4, 2, 2)
+    )
+    most = {"int8": 0.5 / 127, "fp8": 2.0**-4}[store]
+
+    def rounded(x):
+        codes, scale = _store(x, store)
+        y = codes.astype(jnp.float32) * scale[..., None]
+        off = jnp.abs(y - x) / jnp.abs(x).max(-1, keepdims=True)
+        assert 0.1 * most < off.max() <= 1.001 * most
+        return y
+
+    def run(kernels, k, v):
+        config = tiny_config(layers=(LayerConfig(),))
+        config = dataclasses.replace(config, num_heads=4, num_kv_heads=2, head_dim=16)
+        cache = init_cache(config, 2, 128, jnp.float32, kernels).layers[0].held
+        start = jnp.zeros((2,), jnp.int32)
+        options = {"kernels": kernels, "scale": 0.3, "window": window, "softcap": None}
+        for a, b in ((0, 60), (60, 60 + tokens)):
+            parts = (x[:, a:b] for x in (q, k, v))
+            num_new = jnp.array([b - a, b - a])
+            y, cache = attend(*parts, cache, start, num_new, **options)
+            start += num_new
+        return np.asarray(y)
+
+    got = run(Kernels(store=store), k, v)
+    np.testing.assert_allclose(got, run(Kernels(), rounded(k), rounded(v)), atol=2e-6)
+    assert np.abs(got - run(Kernels(), k, v)).max() > 1e-4
+
+
+@pytest.mark.parametrize("store", ["int8", "fp8"])
+def test_drafts_change_nothing_and_a_cache_grows(store):
+    llm = with_cache(tiny_llm(layers=LAYERS), store)
+    options = {"max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    prompts = ["abc abc abc", "hello there"]
+    plain = llm.generate(prompts, exact=True, **options)
+    drafted = llm.generate(prompts, exact=True, drafter="ngram", num_draft=4, **options)
+    assert [o.token_ids for o in drafted] == [o.token_ids for o in plain]
+    assert sum(o.stats.accepted for o in drafted) > 0
+    grown = llm.generate(prompts, **options)
+    assert [len(o.token_ids) for o in grown] == [100, 100]
+
+
+def test_another_dtype_is_refused():
+    with pytest.raises(InvalidArgument, match="cache_dtype='int4': None, int8 or fp8"):
+        jaxinfer.load("no-such-model", cache_dtype="int4")
