@@ -20,11 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer import rotary
-from jaxinfer.cache import init_cache
 from jaxinfer.checkpoint.placement import flat_specs, keep, nest, param_shapes
-from jaxinfer.config import LayerConfig, ModelConfig
-from jaxinfer.model import Embedding, Params, RMSNorm, block_with_moments
+from jaxinfer.config import ModelConfig
+from jaxinfer.layerwise import embed, final_moments, read_layer
+from jaxinfer.model import Params
 from jaxinfer.quantize import (
     Quantized,
     Scheme,
@@ -37,7 +36,6 @@ from jaxinfer.quantize import (
 from jaxinfer.recipes import Schemes
 from jaxinfer.sharding import ONE_DEVICE
 
-ROWS = 8  # stretches of text that a layer reads at once
 DAMPING = 0.01  # of the mean squared activation, added to each: the paper's
 BLOCK = 128  # inputs that are rounded together where a scale holds for all of them
 
@@ -61,11 +59,10 @@ def round_model(
         for name, room in params.items()
         if not name.startswith("layer_")
     }
-    embed: Any = Embedding(config)
-    x = np.asarray(embed.apply({"params": rounded["embed"]}, jnp.asarray(tokens)))  # [n,W,D]
+    x = embed(rounded, tokens, config)
     for i, layer in enumerate(tqdm(config.layers, desc="calibrating", unit="layer", leave=False)):
         name = f"layer_{i}"
-        _, moments = _read(params[name], x, config, layer, wanted=True)
+        _, moments = read_layer(params[name], x, config, layer, measured=True)
         new: dict[str, Any] = {}
         for path in (p.removeprefix(f"{name}/") for p in flat if p.startswith(f"{name}/")):
             held = _at(params[name], path)
@@ -77,61 +74,20 @@ def round_model(
                 inputs = flat[f"{name}/{path}"].inputs
                 new[path] = round_matrix(held, inputs, scheme, moments[linear])
         rounded[name] = nest(new)
-        x, _ = _read(rounded[name], x, config, layer, wanted=False)
+        x, _ = read_layer(rounded[name], x, config, layer, measured=False)
     table = "embed" if config.tied else "head"
     scheme = schemes.get(f"{table}/table")
     if scheme and not scheme.fp8:
-        gathered: Any = sum(
-            np.asarray(_final_moments(params["final_norm"], x[a : a + ROWS], config=config))
-            for a in range(0, len(x), ROWS)
-        )
+        moments_of_head = final_moments(params, x, config)
         held = params[table]["table"]
-        rounded[table] = {
-            "table": round_matrix(held, (1,), scheme, np.asarray(gathered, np.float64))
-        }
+        rounded[table] = {"table": round_matrix(held, (1,), scheme, moments_of_head)}
     return rounded
-
-
-@partial(jax.jit, static_argnames=("config",))
-def _final_moments(params: Params, x: jax.Array, *, config: ModelConfig) -> jax.Array:
-    norm: Any = RMSNorm(config).apply({"params": params}, x)
-    rows = norm.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return rows.T @ rows
 
 
 def _at(tree: Any, path: str) -> Any:
     for key in path.split("/"):
         tree = tree[key]
     return tree
-
-
-def _read(
-    params: Params, x: np.ndarray, config: ModelConfig, layer: LayerConfig, *, wanted: bool
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What a layer makes of the residual stream [n,W,D], and the moments of its inputs."""
-    out: list[np.ndarray] = []
-    total: dict[str, Any] = {}
-    for first in range(0, len(x), ROWS):
-        part = x[first : first + ROWS]
-        y, moments = _some(params, part, config=config, layer=layer, wanted=wanted)
-        out.append(np.asarray(y))
-        for name, m in moments.items():
-            total[name] = total.get(name, 0) + np.asarray(m, np.float64)
-    return np.concatenate(out), total
-
-
-@partial(jax.jit, static_argnames=("config", "layer", "wanted"))
-def _some(
-    params: Params, x: jax.Array, *, config: ModelConfig, layer: LayerConfig, wanted: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    batch, width, _ = x.shape
-    start, num_new = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), width)
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    rope = None if layer.rope is None else rotary.tables(layer.rope, positions)
-    cache = init_cache(config, batch, width, x.dtype)
-    kv = cache.layers[config.layers.index(layer)]
-    y, moments = block_with_moments(params, x, rope, start, num_new, kv, config, layer)
-    return y, moments if wanted else {}
 
 
 def round_matrix(

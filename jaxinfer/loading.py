@@ -10,25 +10,20 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import gptq, steps
+from jaxinfer import gptq, layerwise, steps
 from jaxinfer.attend import Store
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
 from jaxinfer.drafters import NAMES
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
-from jaxinfer.quantize import Quantized
 from jaxinfer.recipes import Recipe, make_recipe
 from jaxinfer.sharding import Rules, make_layout, spread_note
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from pallas_kernels import Impl
-
-CALIBRATION_WINDOW = 256  # tokens of a stretch
-CALIBRATION_STRETCHES = 48  # most that are read
 
 logger = logging.getLogger("jaxinfer")
 
@@ -142,14 +137,8 @@ def calibrated(
     checkpoint: Checkpoint, recipe: Recipe, texts: Sequence[str], dtype: jnp.dtype
 ) -> Checkpoint:
     """A checkpoint with its matrices rounded as the texts suggest."""
-    if isinstance(leaf := checkpoint.params["embed"]["table"], Quantized):
-        raise InvalidArgument(f"the model is quantized already, in {leaf.scheme.bits} bits")
-    encode, size = checkpoint.tokenizer.encode, min(CALIBRATION_WINDOW, checkpoint.config.max_len)
-    ids = [i for text in texts for i in encode(text)]
-    count = min(len(ids) // size, CALIBRATION_STRETCHES)
-    if not count:
-        raise InvalidArgument(f"calibration: {len(ids)} tokens; {size} are the least")
-    tokens = np.array(ids[: count * size], np.int32).reshape(count, size)
+    layerwise.refuse_quantized(checkpoint.params)
+    tokens = layerwise.stretches(checkpoint.tokenizer, texts, checkpoint.config.max_len)
     schemes = schemes_of(checkpoint.config, recipe)
     params = gptq.round_model(checkpoint.params, checkpoint.config, schemes, tokens, dtype)
     return dataclasses.replace(checkpoint, params=params)

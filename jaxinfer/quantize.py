@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 FP8 = jnp.float8_e4m3fn
-FEW_ROWS = 64  # of a product: for more of them a weight is worth widening
+FEW_ROWS = 64  # of a product: for more of them a weight in groups is worth widening
 CLIPS = 24  # scales that rounding to few bits tries: 1, 0.98, 0.96, ... of what holds all
 
 
@@ -237,7 +237,7 @@ def _product(x: jax.Array, w: Quantized) -> jax.Array:
     """x [B,T,G*I] times a weight, [B,T,O] float32."""
     groups, _, size = w.values.shape
     rows = x.reshape(-1, groups, size)  # [R,G,I]
-    few = w.scheme.digits == 1 or len(rows) <= FEW_ROWS  # one digit is not the float
+    few = len(rows) <= FEW_ROWS or groups == 1 or w.scheme.digits == 1  # one is not the float
     y = _by_digits(rows, w) if w.scheme.digits and few else _by_floats(rows, w)
     return y.reshape(*x.shape[:2], -1)
 

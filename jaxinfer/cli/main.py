@@ -3,6 +3,7 @@
 Commands:
   generate   continue prompts, or answer them where the model chats
   convert    write a model as an Orbax checkpoint, which loads straight to shardings
+  prune      make a smaller model, by what matters least for a text
   bench      measure tokens per second, plain and with drafters
   audit      prove that a drafter does not change what a model says
   quality    say what quantizing a model costs, and what it gains
@@ -26,7 +27,7 @@ from absl import flags
 import jaxinfer
 from jaxinfer.errors import JaxinferError, OutOfMemory
 
-COMMANDS = ("generate", "convert", "bench", "audit", "quality", "plan")
+COMMANDS = ("generate", "convert", "prune", "bench", "audit", "quality", "plan")
 HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 

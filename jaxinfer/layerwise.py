@@ -1,0 +1,102 @@
+"""A text through a model layer by layer, and what each layer's projections are fed with on the way.
+
+What rounding (`gptq.py`) and pruning (`prune.py`) measure. Activations lie on the host between two
+layers, so a layer's own are all that a device holds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import rotary
+from jaxinfer.cache import init_cache
+from jaxinfer.config import LayerConfig, ModelConfig
+from jaxinfer.errors import InvalidArgument
+from jaxinfer.model import Embedding, Params, RMSNorm, block_with_moments
+from jaxinfer.quantize import Quantized
+from jaxinfer.tokenizer import Tokenizer
+
+WINDOW = 256  # tokens of a stretch
+STRETCHES = 48  # most that are read
+ROWS = 8  # stretches that a layer reads at once
+
+Moments = dict[str, np.ndarray]  # sum of x x^T [I,I] f64 over inputs x [I], by "attn/q" and so on
+
+
+def stretches(tokenizer: Tokenizer, texts: Any, max_len: int) -> np.ndarray:
+    """The beginning of texts in stretches [n,W] int32.
+
+    Raises InvalidArgument where they are too short for one.
+    """
+    size = min(WINDOW, max_len)
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) < size * STRETCHES:
+            # A token has ten bytes at most, on average: not all of a long text is tokenized.
+            ids += tokenizer.encode(text[: 10 * size * STRETCHES])
+    count = min(len(ids) // size, STRETCHES)
+    if not count:
+        raise InvalidArgument(f"the text has {len(ids)} tokens; {size} are the least")
+    return np.array(ids[: count * size], np.int32).reshape(count, size)
+
+
+def refuse_quantized(params: Params) -> None:
+    """Raise InvalidArgument where a weight is quantized."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if any(isinstance(leaf, Quantized) for leaf in leaves):
+        raise InvalidArgument("the model is quantized already: take the original")
+
+
+def embed(params: Params, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """The residual stream [n,W,D] in front of the first layer."""
+    x: Any = Embedding(config).apply({"params": params["embed"]}, jnp.asarray(tokens))
+    return np.asarray(x)
+
+
+def read_layer(
+    params: Params, x: np.ndarray, config: ModelConfig, layer: LayerConfig, *, measured: bool
+) -> tuple[np.ndarray, Moments]:
+    """What a layer makes of the residual stream [n,W,D], and if `measured` the moments."""
+    out: list[np.ndarray] = []
+    total: Moments = {}
+    for first in range(0, len(x), ROWS):
+        part = x[first : first + ROWS]
+        y, moments = _some(params, part, config=config, layer=layer, measured=measured)
+        out.append(np.asarray(y))
+        for name, m in moments.items():
+            total[name] = total.get(name, 0) + np.asarray(m, np.float64)
+    return np.concatenate(out), total
+
+
+@partial(jax.jit, static_argnames=("config", "layer", "measured"))
+def _some(
+    params: Params, x: jax.Array, *, config: ModelConfig, layer: LayerConfig, measured: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    batch, width, _ = x.shape
+    start, num_new = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), width)
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    rope = None if layer.rope is None else rotary.tables(layer.rope, positions)
+    kv = init_cache(config, batch, width, x.dtype).layers[config.layers.index(layer)]
+    y, moments = block_with_moments(params, x, rope, start, num_new, kv, config, layer)
+    return y, moments if measured else {}
+
+
+def final_moments(params: Params, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Those of what the head is fed with, behind the final norm, of the stream [n,W,D]."""
+    parts = (x[a : a + ROWS] for a in range(0, len(x), ROWS))
+    total: Any = sum(
+        np.asarray(_final(params["final_norm"], part, config=config), np.float64) for part in parts
+    )
+    return total
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _final(params: Params, x: jax.Array, *, config: ModelConfig) -> jax.Array:
+    norm: Any = RMSNorm(config).apply({"params": params}, x)
+    rows = norm.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return rows.T @ rows
