@@ -13,7 +13,7 @@ from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
 
 Store = Literal["int8", "fp8"]
-STORED: dict[Store | None, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+STORED: dict[Store | None, Any] = {None: None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST: dict[Store, float] = {"int8": 127.0, "fp8": 448.0}
 Arrays = tuple[jax.Array, ...]
 
@@ -104,13 +104,14 @@ def _attend(
     if kernels.store is not None:
         (k, k_scale), (v, v_scale) = (_store(x, kernels.store) for x in new)
         new = k, v, k_scale, v_scale
-    # There is no GPU kernel that writes: XLA's scatter is one there.
-    writer: Impl = "xla" if impl == "pallas_gpu" else impl
+    # There is no GPU kernel that writes, and none at all that knows fp8: XLA's scatter does.
+    writer: Impl = "xla" if impl == "pallas_gpu" or kernels.store == "fp8" else impl
     cache = cache_update(cache, new, start, num_new, impl=writer)
     keys, values, *scales = cache
     few = q.shape[1] <= FEW
     options = options | {"num_new": num_new, "impl": impl}
-    if scales and few and kernels.store == "int8":
+    # The kernel of GPUs takes but few queries over int8.
+    if scales and few and kernels.store == "int8" and impl != "pallas_gpu":
         options |= {"k_scale": scales[0], "v_scale": scales[1]}
     elif scales:  # the kernels multiply by scales of int8 alone, and only for few tokens
         keys, values = (
@@ -126,7 +127,8 @@ def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:
     """Keys or values [B,T,K,H] in eight bits, and their scales [B,T,K] f32."""
     x = x.astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(most > 0, most / LARGEST[store], 1)
+    scale = most / LARGEST[store]
+    scale = jnp.where(scale > 0, scale, 1)
     x = x / scale[..., None]
     return (jnp.round(x) if store == "int8" else x).astype(STORED[store]), scale
 

@@ -43,7 +43,7 @@ class Model:
 
     params: Params
     config: ModelConfig
-    dtype: jnp.dtype  # of activations and cache
+    dtype: jnp.dtype  # of activations, and of the cache unless `store` says otherwise
     layout: Layout
     vocab_limit: int  # ids from here on pad the logits
     impl: Impl = "xla"  # of the attention kernels

@@ -137,7 +137,7 @@ def init_cache(
     kernels: Kernels = XLA,
 ) -> KVCache:
     """An empty cache. Zeros, not uninitialised memory: a masked NaN times zero is still NaN."""
-    kind = STORED.get(kernels.store, dtype)
+    kind = STORED[kernels.store] or dtype
 
     def zeros(shape: tuple[int, ...], kind: Any) -> jax.Array:  # one buffer each: donating one
         layout = kernels.layout  # twice fails

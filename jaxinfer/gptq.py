@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from jaxinfer.checkpoint.placement import flat_specs, keep, nest, param_shapes
 from jaxinfer.config import ModelConfig
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.layerwise import embed, final_moments, read_layer
 from jaxinfer.model import Params
 from jaxinfer.quantize import (
@@ -138,6 +139,8 @@ _scale = jax.jit(find_scale, static_argnums=1)  # one program a shape, not one a
 def _inverse_root(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """U [I,I] f32, upper triangular, with U^T U the inverse of the damped moments; dead inputs."""
     h = np.array(moments)
+    if not np.isfinite(h).all():
+        raise InvalidArgument("calibration: activations overflow; use float32 or bfloat16")
     diagonal = np.einsum("ii->i", h)
     dead = diagonal == 0
     diagonal[dead] = 1

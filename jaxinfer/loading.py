@@ -58,8 +58,8 @@ def load(
         leaves hidden widths whole. A drafter given by name lies like the model.
       quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
-      calibration: texts whose activations say how to round, by GPTQ; None: to nearest. Takes a
-        second or two a layer, and the memory of the model as it is.
+      calibration: a list of texts whose activations say how to round, by GPTQ; None: to nearest,
+        as fp8 always is. Takes seconds a layer, and the memory of the model as it is.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       cache_dtype: None, as dtype; "int8" or "fp8": keys and values in eight bits, with a scale a
@@ -87,6 +87,8 @@ def load(
     if cache_dtype not in (None, *get_args(Store)):
         raise InvalidArgument(f"cache_dtype={cache_dtype!r:.40}: None, int8 or fp8")
     recipe = make_recipe(quantize, _platform(mesh))
+    if isinstance(calibration, str) or (calibration is not None and not calibration):
+        raise InvalidArgument("calibration: a list of texts, and not an empty one")
     if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
         raise InvalidArgument(
             "calibration needs quantize, of another kind than stored, and no mesh"

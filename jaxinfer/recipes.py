@@ -6,7 +6,7 @@
     down=none,w8a8                         `none` leaves a matrix as it is
 
 A name is a path such as "layer_0/attn/q/kernel" or "embed/table". "stored" keeps the blocks of a
-GGUF file as they lie there.
+GGUF file; those of five and six bits take eight.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def make_recipe(text: str | None, platform: str) -> Recipe | None:
 
 
 def _rule(text: str, part: str) -> tuple[str, Scheme | None]:
-    pattern, equals, spec = part.rpartition("=")
+    pattern, equals, spec = (x.strip() for x in part.rpartition("="))
     if equals and not pattern:
         raise InvalidArgument(f"quantize={text!r:.60}: no pattern before {part!r:.30}")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise InvalidArgument(f"quantize={text!r:.60}: {pattern!r:.30}: {error}") from error
     name, *changes = spec.strip().split(":")
     if name not in KINDS:
@@ -111,10 +111,10 @@ def _changed(scheme: Scheme | None, change: str, text: str) -> Scheme:
             return dataclasses.replace(scheme, zero=change == "zero")
         if change == "channel":
             return dataclasses.replace(scheme, group=None, scale_dtype="float32")
-        if change[:1] == "g" and size.isdecimal() and 8 <= int(size) <= 1 << 16:
+        if change[:1] == "g" and size.isdecimal() and len(size) < 6 and int(size) >= 8:
             return dataclasses.replace(scheme, group=int(size), scale_dtype="bfloat16")
     raise InvalidArgument(
-        f"quantize={text!r:.60}: {change!r:.20} is none of g32 (or another number of inputs),"
+        f"quantize={text!r:.60}: {change!r:.20} is none of g32 (or another number from 8),"
         " channel, zero, symmetric, and only int8, int4 and int2 take them"
     )
 
@@ -137,13 +137,14 @@ def read_scheme(fields: dict[str, Any], outputs: int, inputs: int) -> Scheme:
     scheme = Scheme(**fields)
     group, scales = scheme.group, ("float32", "bfloat16", "float16")
     if (
-        scheme.bits not in (8, 4, 2)
+        any(type(x) is not int for x in (scheme.bits, scheme.digits))
+        or scheme.bits not in (8, 4, 2)
         or not all(isinstance(x, bool) for x in (scheme.zero, scheme.fp8))
         or scheme.scale_dtype not in scales
         or scheme.digits not in (0, 1)
-        or (group is not None and (not isinstance(group, int) or group < 1 or inputs % group))
+        or (group is not None and (type(group) is not int or group < 1 or inputs % group))
         or outputs % scheme.in_byte
-        or (scheme.fp8 and (scheme.bits != 8 or scheme.zero))
+        or (scheme.fp8 and (scheme.bits != 8 or scheme.zero or scheme.digits))
     ):
         raise InvalidArgument(f"no scheme of {outputs} outputs and {inputs} inputs")
     return scheme

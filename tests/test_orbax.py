@@ -256,6 +256,7 @@ def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
     "change",
     [
         *({"bits": 3}, {"bits": "8"}, {"group": 7}, {"group": 0}, {"group": 1.5}, {"digits": 7}),
+        *({"bits": 8.0}, {"group": True}, {"fp8": True, "digits": 1}),
         *({"scale_dtype": "object"}, {"zero": 1}, {"more": 1}, {"fp8": True, "zero": True}),
     ],
 )

@@ -170,11 +170,20 @@ def test_the_first_rule_that_is_found_wins():
         ("int4:h", "'h' is none of g32"),
         ("w8a8:g32", "only int8, int4 and int2 take them"),
         ("int8,stored", "'stored' is none of"),
+        ("a{99999999999}=int8", "repetition number is too large"),
+        ("int4:g4", "another number from 8"),
     ],
 )
 def test_unknown_recipes_are_refused_before_anything_is_read(text, said):
     with pytest.raises(InvalidArgument, match=said):
         jaxinfer.load("no-such-model", quantize=text)
+
+
+def test_a_rule_about_nothing_is_refused():
+    with pytest.raises(InvalidArgument, match="no matrix of the model has 'mebed' in its name"):
+        quantized(tiny_llm(), "mebed=int8,int8")
+    both = quantized(tiny_llm(), "embed=int8, mlp=fp8").params  # a space is none of the pattern
+    assert both["layer_0"]["mlp"]["up"]["kernel"].scheme.fp8
 
 
 def test_sizes_that_do_not_divide_say_what_would():

@@ -72,14 +72,14 @@ def test_attention_is_that_over_the_rounded_keys_and_values(store, tokens, windo
 @pytest.mark.parametrize("store", ["int8", "fp8"])
 def test_drafts_change_nothing_and_a_cache_grows(store):
     llm = with_cache(tiny_llm(layers=LAYERS), store)
-    options = {"max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    options = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
     prompts = ["abc abc abc", "hello there"]
     plain = llm.generate(prompts, exact=True, **options)
     drafted = llm.generate(prompts, exact=True, drafter="ngram", num_draft=4, **options)
     assert [o.token_ids for o in drafted] == [o.token_ids for o in plain]
     assert sum(o.stats.accepted for o in drafted) > 0
     grown = llm.generate(prompts, **options)
-    assert [len(o.token_ids) for o in grown] == [100, 100]
+    assert [o.token_ids for o in grown] == [o.token_ids for o in plain]
 
 
 def test_another_dtype_is_refused():

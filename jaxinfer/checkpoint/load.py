@@ -37,13 +37,14 @@ from jaxinfer.distributed import is_first
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, param_dtype
 from jaxinfer.quantize import Quantized, pack
-from jaxinfer.recipes import Recipe, Schemes, with_digits
+from jaxinfer.recipes import Recipe, Schemes, matrix_size, with_digits
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources
 from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 logger = logging.getLogger("jaxinfer")
 
+MATRICES = ("kernel", "table")
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
 
 
@@ -123,7 +124,8 @@ def stored_schemes(
     found, others = {}, set()
     for path, spec in flat_specs(config).items():
         kind = file.types[pieces[path].source]
-        if kind in FORMATS and path.endswith(("kernel", "table")):
+        outputs = matrix_size(spec.shape, spec.inputs)[0] if path.endswith(MATRICES) else 0
+        if outputs and kind in FORMATS and outputs % FORMATS[kind].scheme.in_byte == 0:
             found[path] = with_digits(FORMATS[kind].scheme, platform)
         elif kind not in NUMBERS and len(spec.shape) > 1:
             others.add(kind)
@@ -168,7 +170,7 @@ def read_params(
     """Read every parameter straight to its devices, a few at a time.
 
     A process reads the rows of which its own devices hold a part, each byte of a file once at most,
-    and keeps what they hold; beside that it holds a few chunks.
+    and keeps what they hold; beside that it holds a few chunks. Stored blocks are read whole.
 
     Args:
       source: the checkpoint.

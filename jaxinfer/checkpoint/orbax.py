@@ -147,7 +147,8 @@ def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Sc
     if not isinstance(values, dict):
         raise CorruptFile(f"{where}: quantized: not a table")
     for path, entry in values.items():
-        if path not in known or not isinstance(entry, dict):
+        matrix = path in known and path.endswith(("kernel", "table"))
+        if not matrix or not isinstance(entry, dict):
             raise CorruptFile(
                 f"{where}: quantized: {one_line(path)} is no parameter of this config"
             )
@@ -182,7 +183,7 @@ def _read_weights(
     divides = config.width % layout.parts("N") == 0
     cuts = tuple(("D", along) for letter, along in layout.cuts if letter == "N" and divides)
     aside = dataclasses.replace(layout, cuts=cuts)
-    as_saved = param_shapes(config, dtype, aside, schemes)
+    as_saved = final if fitted == config else param_shapes(config, dtype, aside, schemes)
     if not folder.is_dir():
         raise CorruptFile(f"{label(folder)}: is missing; the checkpoint is not whole")
     tree = {p: final[p] if x.shape == final[p].shape else x for p, x in as_saved.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -132,6 +133,14 @@ def schemes_of(config: ModelConfig, recipe: Recipe | None) -> Schemes:
         path: recipe.scheme(path, *matrix_size(spec.shape, spec.inputs))
         for path, spec in flat_specs(config).items()
     }
+    for pattern, _ in recipe.rules:
+        if not any(
+            re.search(pattern, path) for path in found if path.endswith(("kernel", "table"))
+        ):
+            raise InvalidArgument(
+                f"quantize={recipe.text:.60}: no matrix of the model has {pattern!r:.30} in its"
+                " name, which is such as layer_0/attn/q/kernel"
+            )
     return {path: scheme for path, scheme in found.items() if scheme is not None}
 
 

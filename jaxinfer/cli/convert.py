@@ -35,6 +35,5 @@ def run(values: flags.FlagValues) -> None:
         Path(values.output),
         Checkpoint(llm.params, llm.config, llm.tokenizer, llm.default_params, llm.eos_ids),
     )
-    print(
-        f"{values.output}: {llm.nbytes:,} bytes of {llm.model.dtype.name} weights", file=sys.stderr
-    )
+    kind = values.quantize or llm.model.dtype.name
+    print(f"{values.output}: {llm.nbytes:,} bytes of weights in {kind}", file=sys.stderr)

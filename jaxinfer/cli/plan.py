@@ -33,7 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("topology", [], "v5e:4x4, h100:8, cpu; with --sweep several, or chips.", **to)
     flags.DEFINE_integer("batch", 8, "Rows at once.", **to)
     flags.DEFINE_integer("context", 8192, "Tokens a row, prompt and answer.", **to)
-    flags.DEFINE_string("quantize", None, "int8; default: none.", **to)
+    flags.DEFINE_string("quantize", None, "int8, int4 or another recipe; default: none.", **to)
     flags.DEFINE_string("dtype", "bfloat16", "float32, bfloat16 or float16.", **to)
     flags.DEFINE_string("drafter", "ngram", "none, ngram, or a second model by name.", **to)
     flags.DEFINE_integer("num_draft", 7, "Tokens it offers a round.", **to)

@@ -44,6 +44,8 @@ def run(values: flags.FlagValues) -> None:
     from jaxinfer.checkpoint.orbax import save_orbax
     from jaxinfer.checkpoint.placement import Checkpoint
 
+    if values.sparsity not in (None, *prune.SPARSITY):
+        raise InvalidArgument(f"--sparsity={values.sparsity}: {', '.join(prune.SPARSITY)}")
     text = read_text(values.text)
     llm = load_model(values)
     layerwise.refuse_quantized(llm.params)

@@ -37,17 +37,26 @@ def run(values: flags.FlagValues) -> None:
     """Compare as the flags say."""
     if not 0 <= values.runs <= 1000:
         raise InvalidArgument(f"--runs={values.runs}: 0 to 1000")
+    from jaxinfer import layerwise
     from jaxinfer.bench import plot, quality
+    from jaxinfer.recipes import make_recipe
 
     for path in filter(None, (values.plot, values.json)):
-        if not Path(path).absolute().parent.is_dir():
-            raise InvalidArgument(f"{path}: there is no such folder")
+        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+            raise InvalidArgument(f"{path}: name a file, in a folder that is there")
     if values.plot:
         plot.draw_quality([])  # before anything is measured: fails where it will fail
 
     text = quality.own_text() if values.text is None else read_text(values.text)
     recipes = values.quantize or list(DEFAULT)
-    reference = load_model(values, dtype="float32", quantize=None, calibration=None)
+    for recipe in recipes:  # before anything is measured
+        make_recipe(recipe, "cpu")
+    if values.calibrate is not None:
+        read_text(values.calibrate)
+    reference = load_model(
+        values, dtype="float32", quantize=None, calibration=None, cache_dtype=None
+    )
+    layerwise.refuse_quantized(reference.params)
     rows = quality.stretches(reference, text, values.tokens)
     found = [_row("float32", reference, {})]
     print(_line(found[0], head=True), flush=True)

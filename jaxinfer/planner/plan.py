@@ -116,6 +116,7 @@ def plan(
     """
     _check(batch, context, dtype, num_draft, acceptance)
     target = find_target(topology)
+    make_recipe(quantize, target.chip.kind)
     if quantize == STORED:
         raise InvalidArgument("quantize=stored is of a file, which a plan has not; int4 is like it")
     if data < 1 or target.devices % data:
