@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.errors import InvalidArgument
 from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
 
@@ -16,6 +17,13 @@ Store = Literal["int8", "fp8"]
 STORED: dict[Store | None, Any] = {None: None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST: dict[Store, float] = {"int8": 127.0, "fp8": 448.0}
 Arrays = tuple[jax.Array, ...]
+
+
+def check_store(store: Store | None) -> None:
+    """Raise InvalidArgument where a cache cannot be kept so."""
+    if store not in STORED:
+        raise InvalidArgument(f"cache_dtype={store!r:.40}: None, int8 or fp8")
+
 
 FEW = 32  # T, most tokens that are a decode or a verify; more are a piece of a prompt
 

@@ -310,7 +310,7 @@ class Batch:
 
     def _grow(self) -> None:
         state = self.run.state
-        capacity = 2 * state.tokens.shape[1]
+        capacity = steps.capacity_for(state.tokens.shape[1] + 1)
         self.model.require_cache(state.tokens.shape[0], capacity)
         state = steps.grow(state, config=self.model.config, capacity=capacity)
         self.run = dataclasses.replace(self.run, state=state)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import scoring
-from jaxinfer.attend import STORED, Store
+from jaxinfer.attend import Store, check_store
 from jaxinfer.batch import Batch, Model, capacity_of
 from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
@@ -81,8 +81,7 @@ class LLM:
         self.default_params = default_params or SamplingParams()
         self.eos_ids = tuple(tokenizer.eos_ids if eos_ids is None else eos_ids)
         vocab_limit = min(config.vocab_size, tokenizer.vocab_size)
-        if cache_dtype not in STORED:
-            raise InvalidArgument(f"cache_dtype={cache_dtype!r:.40}: None, int8 or fp8")
+        check_store(cache_dtype)
         layout = make_layout(mesh, rules)
         if fit_config(config, layout) != config:
             raise InvalidArgument(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer.checkpoint.placement import flat_specs, keep, nest, param_shapes
+from jaxinfer.checkpoint.placement import flat_specs, flatten, keep, nest, param_shapes
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.layerwise import embed, final_moments, read_layer
@@ -53,10 +53,10 @@ def round_model(
       tokens: [n,W] int32, stretches of text.
       dtype: of the activations.
     """
-    shapes = nest(param_shapes(config, dtype, ONE_DEVICE, schemes))
-    flat = flat_specs(config)
+    specs, shapes = flat_specs(config), param_shapes(config, dtype, ONE_DEVICE, schemes)
+    nearest = nest(shapes)
     rounded = {
-        name: jax.tree.map(keep, room, shapes[name])
+        name: jax.tree.map(keep, room, nearest[name])
         for name, room in params.items()
         if not name.startswith("layer_")
     }
@@ -65,15 +65,14 @@ def round_model(
         name = f"layer_{i}"
         _, moments = read_layer(params[name], x, config, layer, measured=True)
         new: dict[str, Any] = {}
-        for path in (p.removeprefix(f"{name}/") for p in flat if p.startswith(f"{name}/")):
-            held = _at(params[name], path)
-            scheme = schemes.get(f"{name}/{path}")
-            linear = path.rpartition("/")[0]
+        for path, held in flatten(params[name]).items():
+            full = f"{name}/{path}"
+            scheme = schemes.get(full)
             if scheme is None or scheme.fp8:
-                new[path] = keep(held, _at(shapes[name], path))
+                new[path] = keep(held, shapes[full])
             else:
-                inputs = flat[f"{name}/{path}"].inputs
-                new[path] = round_matrix(held, inputs, scheme, moments[linear])
+                fed = moments[path.rpartition("/")[0]]
+                new[path] = round_matrix(held, specs[full].inputs, scheme, fed)
         rounded[name] = nest(new)
         x, _ = read_layer(rounded[name], x, config, layer, measured=False)
     table = "embed" if config.tied else "head"
@@ -83,12 +82,6 @@ def round_model(
         held = params[table]["table"]
         rounded[table] = {"table": round_matrix(held, (1,), scheme, moments_of_head)}
     return rounded
-
-
-def _at(tree: Any, path: str) -> Any:
-    for key in path.split("/"):
-        tree = tree[key]
-    return tree
 
 
 def round_matrix(
@@ -124,7 +117,7 @@ def round_matrix(
     whole = jnp.concatenate(codes, axis=1).reshape(outputs, groups, size).swapaxes(0, 1)
     return Quantized(
         pack(whole, scheme),
-        jnp.stack(scales[:groups]),
+        jnp.stack(scales[:groups]),  # where one holds for all, every block named the same
         None if offset is None else jnp.stack(offsets[:groups]),
         scheme,
         w.shape,

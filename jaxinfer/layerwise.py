@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import rotary
-from jaxinfer.cache import init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.errors import InvalidArgument
-from jaxinfer.model import Embedding, Params, RMSNorm, block_with_moments
+from jaxinfer.model import Embedding, Params, RMSNorm, layer_with_inputs
 from jaxinfer.quantize import Quantized
 from jaxinfer.tokenizer import Tokenizer
 
@@ -77,13 +75,14 @@ def read_layer(
 def _some(
     params: Params, x: jax.Array, *, config: ModelConfig, layer: LayerConfig, measured: bool
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    batch, width, _ = x.shape
-    start, num_new = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), width)
-    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    rope = None if layer.rope is None else rotary.tables(layer.rope, positions)
-    kv = init_cache(config, batch, width, x.dtype).layers[config.layers.index(layer)]
-    y, moments = block_with_moments(params, x, rope, start, num_new, kv, config, layer)
-    return y, moments if measured else {}
+    y, inputs = layer_with_inputs(params, x, config=config, layer=layer)
+    return y, jax.tree.map(_moments, inputs) if measured else {}
+
+
+def _moments(x: jax.Array) -> jax.Array:
+    """Sum of x x^T [I,I] f32 over rows and tokens of x [B,T,*in]."""
+    rows = x.astype(jnp.float32).reshape(x.shape[0] * x.shape[1], -1)
+    return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
 
 
 def final_moments(params: Params, x: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -97,6 +96,4 @@ def final_moments(params: Params, x: np.ndarray, config: ModelConfig) -> np.ndar
 
 @partial(jax.jit, static_argnames=("config",))
 def _final(params: Params, x: jax.Array, *, config: ModelConfig) -> jax.Array:
-    norm: Any = RMSNorm(config).apply({"params": params}, x)
-    rows = norm.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return rows.T @ rows
+    return _moments(RMSNorm(config).apply({"params": params}, x))  # type: ignore[arg-type]

@@ -6,14 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer import gptq, layerwise, steps
-from jaxinfer.attend import Store
+from jaxinfer.attend import Store, check_store
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
 from jaxinfer.drafters import NAMES
@@ -84,20 +83,22 @@ def load(
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
-    if cache_dtype not in (None, *get_args(Store)):
-        raise InvalidArgument(f"cache_dtype={cache_dtype!r:.40}: None, int8 or fp8")
-    recipe = make_recipe(quantize, _platform(mesh))
+    check_store(cache_dtype)
+    layout = make_layout(mesh, rules)
+    recipe = make_recipe(quantize, layout.platform)
     if isinstance(calibration, str) or (calibration is not None and not calibration):
         raise InvalidArgument("calibration: a list of texts, and not an empty one")
     if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
         raise InvalidArgument(
             "calibration needs quantize, of another kind than stored, and no mesh"
         )
-    impl, layout = _kernels(kernels, mesh, exact), make_layout(mesh, rules)
+    impl = _kernels(kernels, layout.platform, exact)
     folder = Path(cache_dir) if cache_dir else hub.cache_dir()
     steps.enable_compile_cache(folder / "compiled")
     path = hub.resolve(str(name), cache=folder)
-    kind = _dtype(stored_dtype(path) if dtype is None and is_orbax(path) else dtype, mesh)
+    kind = _dtype(
+        stored_dtype(path) if dtype is None and is_orbax(path) else dtype, layout.platform
+    )
     if isinstance(drafter, str | Path) and drafter not in NAMES:
         drafter = load(
             drafter,
@@ -112,7 +113,7 @@ def load(
     to_nearest = None if calibration else recipe
     checkpoint = load_checkpoint(path, dtype=kind, layout=layout, quantize=to_nearest)
     if recipe and calibration:
-        checkpoint = calibrated(checkpoint, recipe, calibration, kind)
+        checkpoint = _calibrated(checkpoint, recipe, calibration, kind)
     if note := spread_note(checkpoint.config):
         logger.warning("%s: %s", name, note)
     return LLM(
@@ -135,7 +136,7 @@ def load(
     )
 
 
-def calibrated(
+def _calibrated(
     checkpoint: Checkpoint, recipe: Recipe, texts: Sequence[str], dtype: jnp.dtype
 ) -> Checkpoint:
     """A checkpoint with its matrices rounded as the texts suggest."""
@@ -146,17 +147,12 @@ def calibrated(
     return dataclasses.replace(checkpoint, params=params)
 
 
-def _platform(mesh: Mesh | None) -> str:
-    return (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform
-
-
-def _kernels(kernels: Impl, mesh: Mesh | None, exact: bool) -> Impl:
+def _kernels(kernels: Impl, platform: str, exact: bool) -> Impl:
     """What runs on these devices.
 
     XLA can read new keys beside the cache, which is its fast way on CPU. The GPU kernels have not
     been run on a card yet: who wants them asks for them.
     """
-    platform = _platform(mesh)
     if kernels == "auto":
         return "auto" if platform == "tpu" else "xla"
     needs = {"xla": platform, "pallas_tpu": "tpu", "pallas_gpu": "gpu"}
@@ -172,9 +168,9 @@ def _kernels(kernels: Impl, mesh: Mesh | None, exact: bool) -> Impl:
     return kernels
 
 
-def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
+def _dtype(dtype: str | jnp.dtype | None, platform: str) -> jnp.dtype:
     if dtype is None:
-        return jnp.dtype(jnp.float32 if _platform(mesh) == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     known = ("float32", "bfloat16", "float16")
     if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
         raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")

@@ -11,6 +11,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -256,32 +257,31 @@ def _block(
     return out
 
 
-def block_with_moments(
-    params: Params,
-    x: jax.Array,  # [B,T,D]
-    rope: tuple[jax.Array, jax.Array] | None,
-    start: jax.Array,  # [B]
-    num_new: jax.Array,  # [B]
-    cache: LayerCache,
-    config: ModelConfig,
-    layer: LayerConfig,
+def layer_with_inputs(
+    params: Params, x: jax.Array, *, config: ModelConfig, layer: LayerConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One layer's residual stream [B,T,D]; and of each of its projections, by a name such as
-    "attn/q", the sum of x x^T [I,I] f32 over all its inputs x [I]. For calibration."""
-    moments: dict[str, jax.Array] = {}
+    """One layer over the residual stream [B,T,D] of texts from their beginning.
+
+    Returns:
+      The stream behind it; and what each of its projections was fed with [B,T,*in], by a name such
+      as "attn/q". For calibration and pruning.
+    """
+    inputs: dict[str, jax.Array] = {}
 
     def note(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if isinstance(module, Linear) and context.method_name == "__call__":
-            rows = args[0].astype(jnp.float32)
-            rows = rows.reshape(rows.shape[0] * rows.shape[1], -1)
-            moments["/".join(module.path)] = rows.T @ rows
+        if isinstance(context.module, Linear) and context.method_name == "__call__":
+            inputs["/".join(context.module.path)] = args[0]
         return run(*args, **kwargs)
 
+    batch, width, _ = x.shape
+    rope = None if layer.rope is None else rotary.tables(layer.rope, jnp.arange(width)[None])
+    start, num_new = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), width)
+    alone = dataclasses.replace(config, layers=(layer,))
+    cache = init_cache(alone, batch, width, x.dtype).layers[0]
     with nn.intercept_methods(note):
-        block = Block(config, layer, XLA)
-        out: Any = block.apply({"params": params}, x, rope, start, num_new, cache)
-    return out[0], moments
+        block: Any = Block(config, layer, XLA)
+        x, _ = block.apply({"params": params}, x, rope, start, num_new, cache)
+    return x, inputs
 
 
 def head(params: Params, hidden: jax.Array, *, config: ModelConfig) -> jax.Array:

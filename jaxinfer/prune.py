@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxinfer.checkpoint.placement import flat_specs, nest
+from jaxinfer.checkpoint.placement import flat_specs, flatten, nest
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.layerwise import Moments, embed, read_layer
 from jaxinfer.model import Params
 from jaxinfer.quantize import Scheme, from_groups, to_groups
+from jaxinfer.recipes import is_matrix, matrix_size
 
 SPARSITY = ("2:4",)
 
@@ -46,6 +47,38 @@ def measure(params: Params, config: ModelConfig, tokens: np.ndarray) -> Importan
     return Importance(np.array(turned), moments)
 
 
+def check_any(drop_layers: int, width: int | None, sparsity: str | None) -> None:
+    """Raise InvalidArgument where no model could be pruned so."""
+    if sparsity not in (None, *SPARSITY):
+        raise InvalidArgument(f"sparsity={sparsity!r:.20}: {', '.join(SPARSITY)}")
+    if not drop_layers and width is None and sparsity is None:
+        raise InvalidArgument("nothing to prune: drop_layers, width or sparsity say what")
+
+
+def check(
+    config: ModelConfig,
+    *,
+    drop_layers: int = 0,
+    width: int | None = None,
+    sparsity: str | None = None,
+) -> None:
+    """Raise InvalidArgument where `prune` cannot do that to a model, or where it is nothing."""
+    if not 0 <= drop_layers < config.num_layers:
+        raise InvalidArgument(
+            f"drop_layers={drop_layers}: 0 to {config.num_layers - 1}, the model has"
+            f" {config.num_layers}"
+        )
+    if width is not None and not 1 <= width < config.hidden:
+        raise InvalidArgument(f"width={width}: 1 to {config.hidden - 1}, less than the model's own")
+    check_any(drop_layers, width, sparsity)
+    for path, spec in flat_specs(config).items():
+        inputs = matrix_size(spec.shape, spec.inputs)[1] if is_matrix(path) else 0
+        if sparsity and path.startswith("layer_") and inputs % 4:
+            raise InvalidArgument(
+                f"sparsity=2:4: four does not divide the {inputs} inputs of {path}"
+            )
+
+
 def prune(
     params: Params,
     config: ModelConfig,
@@ -66,19 +99,9 @@ def prune(
         stored as zeros, for hardware that skips them; nothing here gets smaller or faster by it.
 
     Raises:
-      InvalidArgument: more than there is, or nothing to do.
+      InvalidArgument: as `check` does.
     """
-    if not 0 <= drop_layers < config.num_layers:
-        raise InvalidArgument(
-            f"drop_layers={drop_layers}: 0 to {config.num_layers - 1}, the model has"
-            f" {config.num_layers}"
-        )
-    if width is not None and not 1 <= width < config.hidden:
-        raise InvalidArgument(f"width={width}: 1 to {config.hidden - 1}, less than the model's own")
-    if sparsity not in (None, *SPARSITY):
-        raise InvalidArgument(f"sparsity={sparsity!r:.20}: {', '.join(SPARSITY)}")
-    if not drop_layers and width is None and sparsity is None:
-        raise InvalidArgument("nothing to prune: drop_layers, width or sparsity say what")
+    check(config, drop_layers=drop_layers, width=width, sparsity=sparsity)
     kept = sorted(np.argsort(importance.layers, kind="stable")[drop_layers:].tolist())
     pruned = {name: room for name, room in params.items() if not name.startswith("layer_")}
     for new, old in enumerate(kept):
@@ -110,22 +133,15 @@ def _narrow(mlp: Params, moments: np.ndarray, width: int) -> Params:
 def _two_of_four(layer: Params, config: ModelConfig, moments: Moments) -> Params:
     """A layer with zeros in place of the two of four inputs that matter least to an output."""
     new: dict[str, Any] = {}
-    specs = flat_specs(dataclasses.replace(config, layers=config.layers[:1]))
-    for path, spec in specs.items():
-        if not path.startswith("layer_0/"):
-            continue
-        name = path.removeprefix("layer_0/")
-        x: Any = layer
-        for key in name.split("/"):
-            x = x[key]
-        if name.endswith("kernel"):
-            rows = to_groups(x, spec.inputs, Scheme())  # [1,O,I]
-            if rows.shape[2] % 4:
-                raise InvalidArgument(f"sparsity=2:4: four does not divide {rows.shape[2]} inputs")
+    specs = flat_specs(config)
+    for name, x in flatten(layer).items():
+        if is_matrix(name):
+            inputs = specs[f"layer_0/{name}"].inputs  # of every layer the same
+            rows = to_groups(x, inputs, Scheme())  # [1,O,I]
             felt = np.sqrt(np.diagonal(moments[name.rpartition("/")[0]]))
             weight = (jnp.abs(rows) * felt).reshape(-1, 4)
             order = jnp.argsort(jnp.argsort(weight, axis=1), axis=1)
             sparse = jnp.where(order.reshape(rows.shape) >= 2, rows, 0)
-            x = from_groups(sparse.astype(x.dtype), x.shape, spec.inputs)
+            x = from_groups(sparse.astype(x.dtype), x.shape, inputs)
         new[name] = x
     return nest(new)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 FP8 = jnp.float8_e4m3fn
-FEW_ROWS = 64  # of a product: for more of them a weight in groups is worth widening
+FEW_ROWS = 64  # of a product by digits where a weight lies in groups; for more it is widened
 CLIPS = 24  # scales that rounding to few bits tries: 1, 0.98, 0.96, ... of what holds all
 
 
@@ -33,7 +33,7 @@ class Scheme:
     scale_dtype: str = "float32"  # bfloat16 where there are many
     digits: int = 0
     """How an activation enters a product: 0, as the float that it is; 1, rounded to int8 with a
-    scale a token (arXiv 2211.10438); 2, as two int8 numbers, which together hold 15 bits. Whole
+    scale a token (arXiv 2206.01861); 2, as two int8 numbers, which together hold 15 bits. Whole
     numbers are what XLA:CPU multiplies fast."""
 
     @property
@@ -283,8 +283,8 @@ def _whole_products(x: jax.Array, w: Quantized) -> jax.Array:
     """Sums [R,G,O] i32 of x [R,G,I] int8 times the codes.
 
     A byte is the sum of its codes times powers of two, and so is its product. Bytes with the upper
-    codes masked away give the sums of the lower ones, which are taken off; XLA:CPU masks bytes as
-    fast as it reads them, and shifts them ten times slower.
+    codes masked away give the sums of the lower ones, which are taken off; XLA:CPU masks bytes up
+    to five times faster than it shifts them.
     """
     p, bits = w.scheme.in_byte, w.scheme.bits
 

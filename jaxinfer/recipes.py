@@ -31,6 +31,11 @@ STORED = "stored"
 MAX_RULES = 64
 
 
+def is_matrix(path: str) -> bool:
+    """Whether the parameter at a path is a matrix, and not the scale or bias beside one."""
+    return path.endswith(("kernel", "table"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A scheme for each matrix; hashable."""
@@ -44,7 +49,7 @@ class Recipe:
 
         Raises InvalidArgument where the matrix does not divide; says what would.
         """
-        if not path.endswith(("kernel", "table")):
+        if not is_matrix(path):
             return None
         found = next((s for pattern, s in self.rules if re.search(pattern, path)), None)
         if found is None:

@@ -54,7 +54,7 @@ def _yarn(freq: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def tables(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines at `positions` [B,T] int32: two arrays [B,T,1,dim/2] float32."""
+    """Cosines and sines at `positions` [B,T] int32, B or one: two arrays [B,T,1,dim/2] float32."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies(rope)
     # 1.0 but for yarn, where it sharpens the attention of a stretched context.
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor

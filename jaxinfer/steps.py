@@ -24,7 +24,7 @@ from jaxinfer.model import Params, forward, forward_with_states, head
 from jaxinfer.sampling import History
 
 PREFILL_WIDTHS = (16, 64, 256, MAX_BLOCK)  # T; a longer prompt takes several chunks of the last
-MIN_CAPACITY = 128  # S, then doubling
+MIN_CAPACITY = 128  # S, of a cache
 
 
 def bucket(count: int, sizes: tuple[int, ...]) -> int:
@@ -33,8 +33,14 @@ def bucket(count: int, sizes: tuple[int, ...]) -> int:
 
 
 def capacity_for(tokens: int) -> int:
-    """Cache slots for so many tokens: 128, 256, 512, ..."""
-    return max(MIN_CAPACITY, 1 << (tokens - 1).bit_length())
+    """Cache slots for so many tokens: 128, 256, 512, 768, 1024, 1536, 2048, 3072, ...
+
+    Attention reads all of them, so a long cache is filled to two thirds at least; a short one
+    doubles, since each size is a program to compile.
+    """
+    size = max(MIN_CAPACITY, 1 << (tokens - 1).bit_length())
+    less = 3 * size // 4
+    return less if size >= 1024 and tokens <= less else size
 
 
 class LogProbs(NamedTuple):

@@ -24,12 +24,14 @@ from jaxinfer import memory
 from jaxinfer.batch import Batch
 from jaxinfer.checkpoint import names, orbax
 from jaxinfer.checkpoint.load import read_params
-from jaxinfer.checkpoint.placement import Checkpoint, flat_specs
+from jaxinfer.checkpoint.placement import Checkpoint, flat_specs, keep_params, schemes_of
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
 from jaxinfer.model import init_params
+from jaxinfer.recipes import make_recipe
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import (
+    ONE_DEVICE,
     REPLICATED,
     fit_config,
     head_sources,
@@ -183,6 +185,9 @@ def test_smollm2(smollm2, data, model):
 FIELDS = {"num_heads": 8, "num_kv_heads": 2, "width": 32, "vocab_size": 16384, "head_dim": 16}
 
 
+SPREAD = FIELDS | {"num_heads": 3, "num_kv_heads": 3}  # over four devices
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_llm(**FIELDS), tiny_llm(**FIELDS, mesh=make_mesh(model=4, data=2))
@@ -251,6 +256,46 @@ def test_a_whole_drafter_beside_a_cut_model(tiny):
     assert answers(llm, **drafted) == answers(one)
     warm = {"temperature": 0.9, "seed": 5, "verifier": "exact"}
     assert answers(llm, **drafted, **warm) == answers(one, **warm)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [("int8", SPREAD), ("int4:g8", SPREAD), ("int4:g8", FIELDS), ("w8a8", FIELDS), ("fp8", FIELDS)],
+)
+def test_quantized_weights(text, fields):
+    """Sums of whole numbers have no order; the floats beside them have."""
+    plain = tiny_llm(**fields)
+    recipe, mesh = make_recipe(text, "cpu"), make_mesh(model=4, data=2)
+    layout = make_layout(mesh)
+    kept = keep_params(plain.params, plain.config, F32, ONE_DEVICE, recipe)
+    one = LLM(kept, plain.config, plain.tokenizer, dtype=F32)
+
+    config, pieces = fit_config(plain.config, layout), names.hf_pieces(plain.config)
+    schemes = schemes_of(config, recipe)
+    params = read_params(Memory(plain.params, pieces), pieces, config, F32, layout, schemes)
+    llm = LLM(params, config, plain.tokenizer, dtype=F32, mesh=mesh)
+    assert on_device(params) < llm.nbytes / 2
+    assert error(llm.forward(IDS).logits, np.asarray(one.forward(IDS).logits)) <= 1e-4
+    assert answers(llm, drafter="ngram", num_draft=3) == answers(one)
+
+
+@pytest.mark.parametrize("store", ["int8", "fp8"])
+def test_a_cache_in_eight_bits(tiny, store):
+    """Both halves of a rounding step are as good: tokens are compared, not logits."""
+    one, llm = (
+        LLM(
+            x.params,
+            x.config,
+            x.tokenizer,
+            dtype=F32,
+            mesh=x.model.layout.mesh,
+            cache_dtype=store,
+        )
+        for x in tiny
+    )
+    assert answers(llm, drafter="ngram", num_draft=3) == answers(one)
+    cache = llm.model.new_cache(8, 128)
+    assert on_device(cache.layers) == sum(x.nbytes for x in jax.tree.leaves(cache.layers)) / 8
 
 
 def test_rules_of_the_user(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxinfer.bench import audit, plot, speed
+from jaxinfer.bench import audit, peers, plot, speed
 from jaxinfer.bench.prompts import PROMPTS, read_prompts
 from jaxinfer.bench.speed import Answer
 from jaxinfer.cli.main import main
@@ -59,6 +60,28 @@ def test_systems_alternate_and_the_warm_up_is_thrown_away():
     assert [a.tokens for each in got["x"]["k"] for a in each] == [5, 7, 9, 11]
 
 
+def a_peer(tokens):
+    def answer(ids):
+        if not ids:
+            os._exit(3)
+        return Answer(tokens * len(ids), float(os.getpid()))
+
+    if tokens is None:
+        raise InvalidArgument("not installed here")
+    return {"it": answer}
+
+
+def test_a_peer_has_a_process_of_its_own_and_its_end_is_told():
+    ask = peers.apart(a_peer, 7)["it"]
+    first, second = ask([1, 2]), ask([1])
+    assert (first.tokens, second.tokens) == (14, 7)
+    assert first.seconds == second.seconds != os.getpid()
+    with pytest.raises(InvalidArgument, match="the process of a_peer died, exit code 3"):
+        ask([])
+    with pytest.raises(InvalidArgument, match="not installed here"):
+        peers.apart(a_peer, None)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The commands load a tiny model, whatever the flags name."""
@@ -89,6 +112,12 @@ def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch)
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InvalidArgument, match="--plot="):
         plot.draw(result, tmp_path / "nowhere" / "x.png")
+    at = ["--contexts=8,40", f"--plot={tmp_path / 'context.svg'}", "--drafters=none"]
+    code, out, _ = run(capsys, "bench", *flags, *at, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert list(result["systems"]["plain"]["tokens_per_second"]) == ["8", "40", "all"]
+    assert "tokens of context" in (tmp_path / "context.svg").read_text("utf-8")
     code, out, _ = run(capsys, "bench", *flags, "--drafters=none")
     assert code == 0
     assert "plain" in out
@@ -181,6 +210,10 @@ def test_margins_and_noise_are_those_of_the_logits():
         (("audit", "--batch=0"), "--batch=0"),
         (("bench", "--num_draft=x"), "--num_draft=x"),
         (("bench", "--max_tokens=0"), "--max_tokens=0"),
+        (("bench", "--contexts=5,99999"), "--contexts=99999: 1 to "),
+        (("bench", "--contexts=x"), "--contexts=x: 1 to "),
+        (("bench", "--compare=transformers:int3"), "transformers:int3"),
+        (("bench", "--compare=llama.cpp:nowhere.gguf"), "nowhere.gguf"),
         (("bench", "--prompts=/nowhere"), "--prompts=/nowhere"),
         (("bench", "--drafters=ngram", "--num_draft=99"), "num_draft=99"),
     ],

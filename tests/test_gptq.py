@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import jaxinfer
+from jaxinfer.bench import quality
 from jaxinfer.checkpoint.placement import keep_params, schemes_of
 from jaxinfer.errors import InvalidArgument
+from jaxinfer.generate import LLM
 from jaxinfer.gptq import round_matrix, round_model
 from jaxinfer.quantize import quantize, widen
 from jaxinfer.recipes import make_recipe
@@ -59,6 +61,21 @@ def test_a_model_keeps_what_the_recipe_says():
     assert same["layer_0"]["mlp"]["down"]["kernel"]
     assert same["final_norm"]["scale"]
     assert not same["layer_1"]["mlp"]["up"]["kernel"].values
+
+
+def test_a_model_changes_less_than_to_nearest_on_its_text():
+    """Layer behind layer, the head included."""
+    llm = tiny_llm(layers=jaxinfer.testing.tiny_config().layers * 2)
+    recipe, f32 = make_recipe("int4:g8", "cpu"), jnp.dtype(jnp.float32)
+    tokens = np.random.default_rng(1).integers(0, llm.config.vocab_size, (16, 32), np.int32)
+    rounded = round_model(llm.params, llm.config, schemes_of(llm.config, recipe), tokens, f32)
+    nearest = keep_params(llm.params, llm.config, f32, ONE_DEVICE, recipe)
+
+    def kl(params):
+        other = LLM(params, llm.config, llm.tokenizer, dtype=f32)
+        return float(quality.compare(llm, other, tokens).kl.mean())
+
+    assert 0 < kl(rounded) < 0.8 * kl(nearest)
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "stored"}])

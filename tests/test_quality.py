@@ -10,6 +10,7 @@ import pytest
 
 from jaxinfer.bench import quality
 from jaxinfer.bench.plot import draw_quality
+from jaxinfer.bench.prompts import own_text
 from jaxinfer.cli.main import main
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
@@ -43,7 +44,7 @@ def test_a_short_text_is_refused():
 
 
 def test_the_two_halves_of_the_text_differ():
-    a, b = quality.own_text(0), quality.own_text(1)
+    a, b = own_text(0), own_text(1)
     assert min(len(a), len(b)) > 100_000
     assert a[:200] not in b
 

@@ -1,9 +1,17 @@
-"""Other systems on the same weights and prompts, imported only when they are asked for."""
+"""Other systems on the same prompts, imported only when they are asked for.
+
+Each runs in a process of its own (`apart`): llama.cpp answers half as fast beside the threads of
+torch or of a second llama.cpp.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +19,59 @@ from jaxinfer.bench.speed import Answer, System
 from jaxinfer.errors import InvalidArgument
 
 LOOKUP_TOKENS = 7  # that transformers' prompt lookup drafts; as many as ours
+
+Make = Callable[..., dict[str, System]]
+
+
+def apart(make: Make, *args: Any) -> dict[str, System]:
+    """The systems of `make(*args)`, in a process that ends with this one.
+
+    Args:
+      make: `transformers`, `llama_cpp` or another function of a module.
+      args: what it takes; they are sent to the process.
+
+    Raises:
+      InvalidArgument: as `make` does, or because the process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+    process.start()
+    theirs.close()
+
+    def told() -> Any:
+        try:
+            answer = ours.recv()
+        except EOFError as error:
+            process.join()
+            raise InvalidArgument(
+                f"--compare: the process of {make.__name__} died, exit code {process.exitcode}"
+            ) from error
+        if isinstance(answer, InvalidArgument):
+            raise answer
+        return answer
+
+    def ask(name: str, ids: list[int]) -> Answer:
+        ours.send((name, ids))
+        answer: Answer = told()
+        return answer
+
+    return {name: partial(ask, name) for name in told()}
+
+
+def _serve(line: Connection, make: Make, args: tuple[Any, ...]) -> None:
+    try:
+        systems = make(*args)
+    except InvalidArgument as error:
+        line.send(error)
+        return
+    line.send(list(systems))
+    while True:
+        try:
+            name, ids = line.recv()
+        except EOFError:  # whoever asked is gone
+            return
+        line.send(systems[name](ids))
 
 
 def transformers(path: Path, dtype: str, max_tokens: int) -> dict[str, System]:

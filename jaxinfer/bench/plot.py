@@ -1,4 +1,4 @@
-"""Pictures: a bench's tokens per second and cost of verifying; size against quality."""
+"""Pictures: a bench's speed and cost of verifying or of context; size against quality."""
 
 from __future__ import annotations
 
@@ -54,6 +54,35 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
     return _finish(figure, file)
 
 
+def draw_contexts(result: dict[str, Any], file: str | Path | None = None) -> Any:
+    """Draw the time of a token against the tokens before it; as `draw` otherwise."""
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    for name, found in result["systems"].items():
+        rates = {int(n): r for n, r in found["tokens_per_second"].items() if n != "all"}
+        middle = [1e3 / r["median"] for r in rates.values()]
+        ends = [
+            [m - 1e3 / r["most"] for m, r in zip(middle, rates.values(), strict=True)],
+            [1e3 / r["least"] - m for m, r in zip(middle, rates.values(), strict=True)],
+        ]
+        axes.errorbar(list(rates), middle, ends, capsize=2, marker="o", label=name)
+    longest = max(int(n) for n in result["systems"]["plain"]["tokens_per_second"] if n != "all")
+    read = [
+        1e3
+        * (result["weight_bytes"] + n * result["cache_bytes_per_token"])
+        / result["bytes_per_second"]["median"]
+        for n in (0, longest)
+    ]
+    axes.plot([0, longest], read, "k:", label="reading weights and cache")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of context")
+    axes.set_ylabel("milliseconds a token, median and range")
+    title = ", ".join(result[key] for key in ("model", "dtype", "device") if key in result)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+    return _finish(figure, file)
+
+
 def draw_quality(rows: Sequence[Mapping[str, Any]], file: str | Path | None = None) -> Any:
     """Draw bytes against mean KL of the rows of `jaxinfer quality`; as `draw` otherwise."""
     figure = _figure(7, 4.5)
@@ -65,7 +94,8 @@ def draw_quality(rows: Sequence[Mapping[str, Any]], file: str | Path | None = No
         where = row["bytes"] / 1e6, row["mean_kl"]
         text = f"{row['recipe'][:40]}{speed}"
         axes.annotate(text, where, (5, 4), textcoords="offset points", fontsize="small")
-    axes.set_yscale("log")
+    # A KL of 0, as of a model kept as it was stored, has its place at the foot of the scale.
+    axes.set_yscale("symlog", linthresh=1e-4)
     axes.margins(0.25, 0.1)
     axes.set_xlabel("megabytes of weights")
     axes.set_ylabel("mean KL to float32, nats a token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfer.errors import InvalidArgument
@@ -79,6 +80,28 @@ def read_prompts(path: str) -> dict[str, tuple[str, ...]]:
     if not found:
         raise InvalidArgument(f"--prompts={path}: holds no prompt")
     return {kind: tuple(prompts) for kind, prompts in found.items()}
+
+
+def contexts(llm: LLM, texts: Sequence[str], room: int) -> dict[str, list[list[int]]]:
+    """Token ids of Python's own documentation, cut to each of these numbers of tokens, by number.
+
+    Raises InvalidArgument where one is no number, or leaves no room for `room` tokens more.
+    """
+    most = llm.max_len - room
+    for text in texts:
+        if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
+            raise InvalidArgument(f"--contexts={text}: 1 to {most} tokens")
+    longest = max(map(int, texts))
+    ids = llm.tokenizer.encode(own_text()[: 10 * longest])
+    return {text: [ids[: int(text)]] for text in texts}
+
+
+def own_text(part: int = 0) -> str:
+    """Every other topic of the documentation that comes with Python, English prose on every
+    machine: part 0 is for measuring, part 1 for calibrating."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics)[part::2])
 
 
 def chat_or_plain(llm: LLM, text: str) -> list[int]:

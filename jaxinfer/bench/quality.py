@@ -39,14 +39,6 @@ class Found(NamedTuple):
     same: np.ndarray  # bool, the likeliest token is the same
 
 
-def own_text(part: int = 0) -> str:
-    """Every other topic of the documentation that comes with Python, English prose on every
-    machine: part 0 is for measuring, part 1 for calibrating."""
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics)[part::2])
-
-
 def stretches(llm: LLM, text: str, tokens: int) -> np.ndarray:
     """About `tokens` tokens of a text in stretches [n,WINDOW], taken evenly from all of it.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxinfer import steps
+from jaxinfer.cache import cache_bytes
 from jaxinfer.calibrate import measure
 from jaxinfer.generate import LLM
 from jaxinfer.model import project
@@ -87,6 +88,7 @@ def compare(
         "runs": runs,
         "max_tokens": max_tokens,
         "weight_bytes": llm.nbytes,
+        "cache_bytes_per_token": cache_bytes(llm.config, 1, 1, llm.model.dtype, llm.model.store),
         "bytes_per_second": memory,
         "limit_tokens_per_second": limit,
         "fraction_of_limit": found["plain"]["tokens_per_second"]["all"]["median"] / limit,

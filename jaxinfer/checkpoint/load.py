@@ -37,14 +37,13 @@ from jaxinfer.distributed import is_first
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, param_dtype
 from jaxinfer.quantize import Quantized, pack
-from jaxinfer.recipes import Recipe, Schemes, matrix_size, with_digits
+from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, with_digits
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources
 from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
 
 logger = logging.getLogger("jaxinfer")
 
-MATRICES = ("kernel", "table")
 READERS = 2  # tensors read at once; each holds a few megabytes beside its result
 
 
@@ -124,7 +123,7 @@ def stored_schemes(
     found, others = {}, set()
     for path, spec in flat_specs(config).items():
         kind = file.types[pieces[path].source]
-        outputs = matrix_size(spec.shape, spec.inputs)[0] if path.endswith(MATRICES) else 0
+        outputs = matrix_size(spec.shape, spec.inputs)[0] if is_matrix(path) else 0
         if outputs and kind in FORMATS and outputs % FORMATS[kind].scheme.in_byte == 0:
             found[path] = with_digits(FORMATS[kind].scheme, platform)
         elif kind not in NUMBERS and len(spec.shape) > 1:

@@ -24,6 +24,7 @@ from jaxinfer.checkpoint.json_file import read_json
 from jaxinfer.checkpoint.placement import (
     Checkpoint,
     flat_specs,
+    flatten,
     keep_params,
     lay_params,
     nest,
@@ -34,7 +35,7 @@ from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
 from jaxinfer.quantize import Quantized
-from jaxinfer.recipes import Recipe, Schemes, matrix_size, read_scheme, with_digits
+from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, read_scheme, with_digits
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
@@ -129,32 +130,27 @@ def _flat(params: Any) -> dict[str, Any]:
 
 def _describe(params: Any) -> dict[str, Any]:
     """Path of each quantized weight -> its scheme, as JSON has it."""
-    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
     return {
-        "/".join(key.key for key in path): {
+        path: {
             **dataclasses.asdict(leaf.scheme),
             "digits": leaf.scheme.digits % 2,  # two are how this machine multiplies by floats
         }
-        for path, leaf in leaves
+        for path, leaf in flatten(params).items()
         if isinstance(leaf, Quantized)
     }
 
 
 def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Schemes:
     """What `_describe` wrote, for these devices."""
-    platform = layout.platform
     known, found = flat_specs(config), {}
     if not isinstance(values, dict):
         raise CorruptFile(f"{where}: quantized: not a table")
     for path, entry in values.items():
-        matrix = path in known and path.endswith(("kernel", "table"))
-        if not matrix or not isinstance(entry, dict):
-            raise CorruptFile(
-                f"{where}: quantized: {one_line(path)} is no parameter of this config"
-            )
+        if path not in known or not is_matrix(path) or not isinstance(entry, dict):
+            raise CorruptFile(f"{where}: quantized: {one_line(path)} is no matrix of this config")
         try:
             size = matrix_size(known[path].shape, known[path].inputs)
-            found[path] = with_digits(read_scheme(entry, *size), platform)
+            found[path] = with_digits(read_scheme(entry, *size), layout.platform)
         except InvalidArgument as error:
             raise CorruptFile(f"{where}: quantized: {one_line(path)}: {error}") from error
     return found

@@ -19,7 +19,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, ParamSpec, param_dtype, param_specs
 from jaxinfer.quantize import FP8, Quantized, Scheme, quantize
-from jaxinfer.recipes import Recipe, Schemes, matrix_size
+from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources, put
 from jaxinfer.tokenizer import Tokenizer
@@ -54,6 +54,12 @@ def nest(flat: dict[str, Any]) -> Params:
             room = room.setdefault(name, {})
         room[leaf] = value
     return out
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """The flat dict of a nested one, which `nest` undoes; a quantized weight is one entry."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def matrix_part(
@@ -134,9 +140,7 @@ def schemes_of(config: ModelConfig, recipe: Recipe | None) -> Schemes:
         for path, spec in flat_specs(config).items()
     }
     for pattern, _ in recipe.rules:
-        if not any(
-            re.search(pattern, path) for path in found if path.endswith(("kernel", "table"))
-        ):
+        if not any(re.search(pattern, path) for path in found if is_matrix(path)):
             raise InvalidArgument(
                 f"quantize={recipe.text:.60}: no matrix of the model has {pattern!r:.30} in its"
                 " name, which is such as layer_0/attn/q/kernel"

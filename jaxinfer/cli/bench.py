@@ -6,6 +6,8 @@ systems alternate; a figure is the median of the runs.
   jaxinfer bench
   jaxinfer bench --drafters=ngram,self --plot=speed.png --json > speed.json
   jaxinfer bench --model=gemma-3-270m --compare=transformers,llama.cpp --prompts=mine.txt
+  jaxinfer bench --contexts=128,1024,4096 --drafters=none --plot=context.png
+  jaxinfer bench --quantize=int8 --compare=transformers:bfloat16,llama.cpp:model-Q8_0.gguf
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from jaxinfer.cli.model_flags import (
 from jaxinfer.errors import InvalidArgument
 
 PEERS = ("transformers", "llama.cpp")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -43,24 +46,34 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_boolean("exact", False, "Measure exact mode.", **to)
     flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)
+    cut = "Not prompts but Python's documentation cut to so many tokens: 128,1024."
+    flags.DEFINE_list("contexts", [], cut, **to)
     flags.DEFINE_integer("max_tokens", 128, "Longest answer.", **to)
     flags.DEFINE_integer("runs", 5, "Runs after one warm-up.", **to)
-    flags.DEFINE_list("compare", [], f"Peers on the same weights: {', '.join(PEERS)}.", **to)
+    flags.DEFINE_list(
+        "compare", [], "Peers: transformers[:DTYPE], llama.cpp[:FILE.gguf]; else as ours.", **to
+    )
     flags.DEFINE_string("plot", None, "Save a picture in this file.", **to)
     flags.DEFINE_boolean("json", False, "Write one JSON object.", **to)
 
 
 def run(values: flags.FlagValues) -> None:
     """Measure and print as the flags say."""
-    if unknown := set(values.compare) - set(PEERS):
-        raise InvalidArgument(f"--compare={unknown.pop()}: there are {', '.join(PEERS)}")
+    for peer in values.compare:
+        name, _, what = peer.partition(":")
+        if name not in PEERS:
+            raise InvalidArgument(f"--compare={peer}: there are {', '.join(PEERS)}")
+        if name == "transformers" and what not in ("", *DTYPES):
+            raise InvalidArgument(f"--compare={peer}: one of {', '.join(DTYPES)}")
+        if name == "llama.cpp" and what and not Path(what).is_file():
+            raise InvalidArgument(f"--compare={peer}: there is no file {what}")
     for name, count in (("runs", values.runs), ("max_tokens", values.max_tokens)):
         if count < 1:
             raise InvalidArgument(f"--{name}={count}: must be 1 or more")
     draft_length(values.num_draft)
     from jaxinfer import distributed
     from jaxinfer.bench import peers, plot, speed
-    from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, read_prompts
+    from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, contexts, read_prompts
     from jaxinfer.checkpoint import hub
 
     if values.plot:
@@ -73,24 +86,40 @@ def run(values: flags.FlagValues) -> None:
     load_seconds = time.perf_counter() - begin
     path = hub.resolve(values.model) if values.compare else Path()
     others: dict[str, speed.System] = {}
-    if "transformers" in values.compare:
-        others |= peers.transformers(path, llm.model.dtype.name, values.max_tokens)
-    if "llama.cpp" in values.compare:
-        others |= peers.llama_cpp(path, values.max_tokens, os.cpu_count() or 1)
+    for peer in values.compare:
+        name, _, what = peer.partition(":")
+        if name == "transformers":
+            kind = what or llm.model.dtype.name
+            found = peers.apart(peers.transformers, path, kind, values.max_tokens)
+        else:
+            file = Path(what) if what else path
+            found = peers.apart(peers.llama_cpp, file, values.max_tokens, os.cpu_count() or 1)
+        own = f" ({Path(what).name})" if what else ""
+        others |= {f"{system}{own}": answer for system, answer in found.items()}
+    prompts = (
+        contexts(llm, values.contexts, values.max_tokens)
+        if values.contexts
+        else {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()}
+    )
     names = [name for name in values.drafters if name != "none"]
     measured = speed.compare(
         llm,
         {name: load_drafter(llm, name, values.num_draft) for name in names},
-        {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()},
+        prompts,
         max_tokens=values.max_tokens,
         runs=values.runs,
         exact=values.exact,
         peers=others,
     )
-    result = {"model": values.model, "load_seconds": load_seconds, **measured}
+    result = {
+        "model": values.model,
+        "quantize": values.quantize,
+        "load_seconds": load_seconds,
+        **measured,
+    }
     print(json.dumps(result) if values.json else table(result))
     if values.plot and distributed.is_first():
-        plot.draw(result, values.plot)
+        (plot.draw_contexts if values.contexts else plot.draw)(result, values.plot)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -98,10 +127,11 @@ def table(result: dict[str, Any]) -> str:
     kinds = list(result["systems"]["plain"]["tokens_per_second"])
     wide = max(map(len, result["systems"])) + 2
     columns = "".join(f"{kind:>10}" for kind in kinds)
+    kept = f", {result['quantize']}" if result["quantize"] else ""
     exact = ", exact mode" if result["exact"] else ""
     lines = [
-        f"{result['model']}, {result['dtype']}{exact}, on {result['device']}: greedy answers of up"
-        f" to {result['max_tokens']} tokens, medians of {result['runs']} runs",
+        f"{result['model']}, {result['dtype']}{kept}{exact}, on {result['device']}: greedy answers"
+        f" of up to {result['max_tokens']} tokens, medians of {result['runs']} runs",
         "",
         f"{'tokens/s':<{wide}}{columns}   spread of all",
     ]

@@ -128,7 +128,7 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
 def read_text(path: str) -> str:
     """The text at a path; "own": half of Python's documentation, for calibrating."""
     if path == "own":
-        from jaxinfer.bench.quality import own_text
+        from jaxinfer.bench.prompts import own_text
 
         return own_text(1)
     try:

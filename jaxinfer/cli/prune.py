@@ -38,26 +38,19 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument(f"--output={values.output} is there already; name a new folder")
     if values.quantize:
         raise InvalidArgument("--quantize: prune first, then convert --quantize what came of it")
-    if not (values.drop_layers or values.width or values.sparsity):
-        raise InvalidArgument("nothing to prune: give --drop_layers, --width or --sparsity")
     from jaxinfer import layerwise, prune
     from jaxinfer.checkpoint.orbax import save_orbax
     from jaxinfer.checkpoint.placement import Checkpoint
 
-    if values.sparsity not in (None, *prune.SPARSITY):
-        raise InvalidArgument(f"--sparsity={values.sparsity}: {', '.join(prune.SPARSITY)}")
+    what = {"drop_layers": values.drop_layers, "width": values.width, "sparsity": values.sparsity}
+    prune.check_any(**what)
     text = read_text(values.text)
     llm = load_model(values)
     layerwise.refuse_quantized(llm.params)
+    prune.check(llm.config, **what)
     tokens = layerwise.stretches(llm.tokenizer, [text], llm.max_len)
-    params, config = prune.prune(
-        llm.params,
-        llm.config,
-        prune.measure(llm.params, llm.config, tokens),
-        drop_layers=values.drop_layers,
-        width=values.width,
-        sparsity=values.sparsity,
-    )
+    importance = prune.measure(llm.params, llm.config, tokens)
+    params, config = prune.prune(llm.params, llm.config, importance, **what)
     made = Checkpoint(params, config, llm.tokenizer, llm.default_params, llm.eos_ids)
     save_orbax(Path(values.output), made)
     print(

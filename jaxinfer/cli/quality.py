@@ -19,6 +19,10 @@ from absl import flags
 from jaxinfer.cli.model_flags import define_model_flags, load_model, read_text
 from jaxinfer.errors import InvalidArgument
 
+HEAD = (
+    f"{'recipe':28} {'MB':>7} {'perplexity':>10} {'mean KL':>9} {'max KL':>8}"
+    f" {'agree':>6} {'tok/s':>7} {'speed':>6}"
+)
 DEFAULT = ("int8", "w8a8", "fp8", "int4", "int2")
 
 
@@ -39,6 +43,7 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument(f"--runs={values.runs}: 0 to 1000")
     from jaxinfer import layerwise
     from jaxinfer.bench import plot, quality
+    from jaxinfer.bench.prompts import own_text
     from jaxinfer.recipes import make_recipe
 
     for path in filter(None, (values.plot, values.json)):
@@ -47,11 +52,14 @@ def run(values: flags.FlagValues) -> None:
     if values.plot:
         plot.draw_quality([])  # before anything is measured: fails where it will fail
 
-    text = quality.own_text() if values.text is None else read_text(values.text)
+    text = own_text() if values.text is None else read_text(values.text)
     recipes = values.quantize or list(DEFAULT)
-    for recipe in recipes:  # before anything is measured
-        make_recipe(recipe, "cpu")
+    made = [make_recipe(recipe, "cpu") for recipe in recipes]  # before anything is measured
     if values.calibrate is not None:
+        if any(recipe and recipe.stored for recipe in made):
+            raise InvalidArgument(
+                "--calibrate does not go with --quantize=stored, which keeps blocks"
+            )
         read_text(values.calibrate)
     reference = load_model(
         values, dtype="float32", quantize=None, calibration=None, cache_dtype=None
@@ -59,7 +67,7 @@ def run(values: flags.FlagValues) -> None:
     layerwise.refuse_quantized(reference.params)
     rows = quality.stretches(reference, text, values.tokens)
     found = [_row("float32", reference, {})]
-    print(_line(found[0], head=True), flush=True)
+    print(HEAD, flush=True)
     for recipe in recipes:
         other = load_model(values, quantize=recipe)
         row = _row(recipe, other, quality.summary(quality.compare(reference, other, rows)))
@@ -83,12 +91,7 @@ def _row(name: str, llm: Any, figures: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": name, "bytes": llm.nbytes, "dtype": llm.model.dtype.name, **figures}
 
 
-def _line(row: dict[str, Any], head: bool = False) -> str:
-    if head:
-        return (
-            f"{'recipe':28} {'MB':>7} {'perplexity':>10} {'mean KL':>9} {'max KL':>8}"
-            f" {'agree':>6} {'tok/s':>7} {'speed':>6}"
-        )
+def _line(row: dict[str, Any]) -> str:
     cells = [f"{row['recipe'][:28]:28} {row['bytes'] / 1e6:7.1f} {row['perplexity']:10.3f}"]
     if "mean_kl" in row:
         cells.append(f"{row['mean_kl']:9.6f} {row['max_kl']:8.4f} {100 * row['agreement']:5.1f}%")
