@@ -18,13 +18,6 @@ STORED: dict[Store | None, Any] = {None: None, "int8": jnp.int8, "fp8": jnp.floa
 LARGEST: dict[Store, float] = {"int8": 127.0, "fp8": 448.0}
 Arrays = tuple[jax.Array, ...]
 
-
-def check_store(store: Store | None) -> None:
-    """Raise InvalidArgument where a cache cannot be kept so."""
-    if store not in STORED:
-        raise InvalidArgument(f"cache_dtype={store!r:.40}: None, int8 or fp8")
-
-
 FEW = 32  # T, most tokens that are a decode or a verify; more are a piece of a prompt
 
 
@@ -43,6 +36,12 @@ class Kernels:
 
 
 XLA = Kernels()
+
+
+def check_store(store: Store | None) -> None:
+    """Raise InvalidArgument where a cache cannot be kept so."""
+    if store not in STORED:
+        raise InvalidArgument(f"cache_dtype={store!r:.40}: None, int8 or fp8")
 
 
 def attend(

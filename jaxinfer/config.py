@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+DTYPES = ("float32", "bfloat16", "float16")  # of weights and activations
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:

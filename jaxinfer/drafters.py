@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.batch import Model
+from jaxinfer.checkpoint.placement import keep_params
+from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
+from jaxinfer.layerwise import refuse_quantized
+from jaxinfer.model import Params
+from jaxinfer.recipes import Recipe, make_recipe
 from jaxinfer.sampling import History, greedy_rows
 from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
-from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
@@ -20,44 +24,60 @@ from jaxinfer.speculative.vocab import identity, map_vocabularies
 from jaxinfer.tokenizer import Tokenizer
 
 NAMES = ("auto", "none", "ngram", "self")
+_SELF = "self:"
+
+
+def is_name(drafter: Any) -> bool:
+    """Whether it is the name of a drafter, and not of a model."""
+    return isinstance(drafter, str) and (drafter in NAMES or drafter.startswith(_SELF))
+
+
+def recipe_of(drafter: Any, platform: str) -> Recipe | None:
+    """What "self:int4:g64" says of its weights; None: another drafter.
+
+    Raises InvalidArgument where that is no recipe.
+    """
+    if not isinstance(drafter, str) or not drafter.startswith(_SELF):
+        return None
+    try:
+        recipe = make_recipe(drafter.removeprefix(_SELF), platform)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"drafter={drafter!r:.40}: {error}") from error
+    if recipe is None or recipe.stored:
+        raise InvalidArgument(
+            f"drafter={drafter!r:.40}: made of the model's weights, not of a file"
+        )
+    return recipe
 
 
 def make_speculation(
-    drafter: Any,
+    drafter: Drafter,
     num_draft: int | Literal["auto"] | None,
     verifier: Verifier,
     exact: bool,
-    model: Model,
-    tokenizer: Tokenizer,
 ) -> Speculation:
     """What `LLM.speculation` says, with every default told."""
-    found = make_drafter(drafter, model, tokenizer)
-    if num_draft is not None and not isinstance(found, NoDrafter):
-        found = found.replace(num_draft=num_draft)
-    asked = Speculation(found, verifier, exact)
-    return asked if found.max_draft else dataclasses.replace(asked, drafter=NoDrafter())
+    if num_draft is not None and not isinstance(drafter, NoDrafter):
+        drafter = drafter.replace(num_draft=num_draft)
+    asked = Speculation(drafter, verifier, exact)
+    return asked if drafter.max_draft else dataclasses.replace(asked, drafter=NoDrafter())
 
 
 def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
-    """The drafter that `wanted` says: None, one of NAMES, an LLM, or a Drafter as it is.
-
-    The two of a FallbackDrafter may be named in the same way.
-    """
+    """The drafter that `wanted` says: None, a name, an LLM, or a Drafter as it is."""
     if wanted is None or wanted == "none":
         return NoDrafter()
-    if isinstance(wanted, FallbackDrafter):
-        parts = {"first": wanted.first, "second": wanted.second}
-        made = {part: make_drafter(own, model, tokenizer) for part, own in parts.items()}
-        return wanted.replace(**made)
     if isinstance(wanted, Drafter):
         return wanted
     if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
         return NGramDrafter()
     if wanted == "self":
         return self_drafter(model)
+    if recipe := recipe_of(wanted, model.layout.platform):
+        return quantized_drafter(model, recipe)
     if isinstance(getattr(wanted, "model", None), Model):
         return model_drafter(wanted.model, wanted.tokenizer, model, tokenizer)
-    names = ", ".join(NAMES)
+    names = ", ".join([*NAMES, f"{_SELF}RECIPE"])
     raise InvalidArgument(
         f"drafter={wanted!r:.60}: None, one of {names}, a Drafter or an LLM;"
         " load(..., drafter=NAME) takes a second model by name"
@@ -102,14 +122,30 @@ def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDr
         raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}, ascending")
     params = {name: model.params[name] for name in model.params if not name.startswith("layer_")}
     params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
+    fewer = dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers))
+    return _own(model, params, fewer)
+
+
+def _own(model: Model, params: Params, config: ModelConfig) -> ModelDrafter:
+    """A drafter of a model's own vocabulary, on its devices."""
     size = config.vocab_size
     return ModelDrafter(
         params=params,
         vocab=identity(size, size),
-        config=dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers)),
+        config=config,
         dtype=model.dtype,
         kernels=model.kernels(),
     )
+
+
+def quantized_drafter(model: Model, recipe: Recipe) -> ModelDrafter:
+    """The model itself with its weights in fewer bits, which lie beside its own.
+
+    Raises InvalidArgument where they are quantized already, OutOfMemory where there is no room.
+    """
+    refuse_quantized(model.params)
+    params = keep_params(model.params, model.config, model.dtype, model.layout, recipe)
+    return _own(model, params, model.config)
 
 
 def check_drafter(

@@ -32,6 +32,7 @@ from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Rules, fit_config, make_layout
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
+from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
@@ -97,10 +98,10 @@ class LLM:
         )
         self.model.check_kernels()
         self.num_draft = num_draft
-        self._drafters: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
-        self.default_speculation = make_speculation(
-            drafter, num_draft, verifier, exact, self.model, tokenizer
-        )
+        self._by_name: dict[str, Drafter] = {}
+        self._by_model: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
+        own = self._drafter(drafter)
+        self.default_speculation = make_speculation(own, num_draft, verifier, exact)
         self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan and batch size
 
     @property
@@ -229,31 +230,38 @@ class LLM:
 
         Args:
           drafter: None, plain decoding; "ngram", lookup in prompt and output; "self", the model
-            with fewer layers; an LLM, a second model that drafts; a `Drafter`; "auto", which today
-            is n-gram lookup; "default", what `load` was told.
+            with fewer layers; "self:int8" or another recipe, the model in fewer bits; an LLM, a
+            second model that drafts; a `Drafter`; "auto", which today is n-gram lookup; "default",
+            what `load` was told.
           num_draft, verifier, exact: see `load`; None: what `load` was told.
 
         Raises:
           InvalidArgument: no such drafter, a draft length or a verifier that does not fit.
         """
         base = self.default_speculation
-        if isinstance(drafter, str) and drafter == "default":
-            drafter = base.drafter
-        elif isinstance(drafter, LLM):  # matching two vocabularies takes its time: once
-            if drafter not in self._drafters:
-                own = make_drafter(drafter, self.model, self.tokenizer)
-                self._drafters[drafter] = own
-            drafter = self._drafters[drafter]
+        default = isinstance(drafter, str) and drafter == "default"
         if verifier is None:  # asking for exact mode asks for its verifier
             verifier = "auto" if exact else base.verifier
         return make_speculation(
-            drafter,
+            base.drafter if default else self._drafter(drafter),
             self.num_draft if num_draft is None else num_draft,
             verifier,
             base.exact if exact is None else exact,
-            self.model,
-            self.tokenizer,
         )
+
+    def _drafter(self, wanted: DrafterLike) -> Drafter:
+        """As `make_drafter`; what takes its time, matching vocabularies and quantizing, is done
+        once, and kept. The two of a FallbackDrafter may be named in the same way."""
+        if isinstance(wanted, FallbackDrafter):
+            first, second = self._drafter(wanted.first), self._drafter(wanted.second)
+            return wanted.replace(first=first, second=second)
+        if not isinstance(wanted, str | LLM):
+            return make_drafter(wanted, self.model, self.tokenizer)
+        made: Any = self._by_name if isinstance(wanted, str) else self._by_model
+        if wanted not in made:
+            made[wanted] = make_drafter(wanted, self.model, self.tokenizer)
+        drafter: Drafter = made[wanted]
+        return drafter
 
     def _costs_of(self, speculation: Speculation, rows: Sequence[Request]) -> Costs:
         """Measured on first use; plain decoding needs none."""

@@ -15,7 +15,8 @@ from jaxinfer import gptq, layerwise, steps
 from jaxinfer.attend import Store, check_store
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
-from jaxinfer.drafters import NAMES
+from jaxinfer.config import DTYPES
+from jaxinfer.drafters import is_name, recipe_of
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM, DrafterLike
 from jaxinfer.recipes import Recipe, make_recipe
@@ -86,6 +87,10 @@ def load(
     check_store(cache_dtype)
     layout = make_layout(mesh, rules)
     recipe = make_recipe(quantize, layout.platform)
+    if recipe_of(drafter, layout.platform) and recipe:
+        raise InvalidArgument(
+            f"quantize={quantize!r:.40}, drafter={drafter!r:.40}: both would quantize"
+        )
     if isinstance(calibration, str) or (calibration is not None and not calibration):
         raise InvalidArgument("calibration: a list of texts, and not an empty one")
     if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
@@ -99,7 +104,7 @@ def load(
     kind = _dtype(
         stored_dtype(path) if dtype is None and is_orbax(path) else dtype, layout.platform
     )
-    if isinstance(drafter, str | Path) and drafter not in NAMES:
+    if isinstance(drafter, str | Path) and not is_name(drafter):
         drafter = load(
             drafter,
             dtype=kind,
@@ -171,7 +176,6 @@ def _kernels(kernels: Impl, platform: str, exact: bool) -> Impl:
 def _dtype(dtype: str | jnp.dtype | None, platform: str) -> jnp.dtype:
     if dtype is None:
         return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    known = ("float32", "bfloat16", "float16")
-    if str(dtype) not in known and getattr(dtype, "__name__", None) not in known:
-        raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(known)}")
+    if str(dtype) not in DTYPES and getattr(dtype, "__name__", None) not in DTYPES:
+        raise InvalidArgument(f"dtype={dtype!r}: one of {', '.join(DTYPES)}")
     return jnp.dtype(dtype)

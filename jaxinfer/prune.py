@@ -71,9 +71,13 @@ def check(
     if width is not None and not 1 <= width < config.hidden:
         raise InvalidArgument(f"width={width}: 1 to {config.hidden - 1}, less than the model's own")
     check_any(drop_layers, width, sparsity)
-    for path, spec in flat_specs(config).items():
+    if sparsity is None:
+        return
+    for path, spec in flat_specs(
+        dataclasses.replace(config, hidden=width or config.hidden)
+    ).items():
         inputs = matrix_size(spec.shape, spec.inputs)[1] if is_matrix(path) else 0
-        if sparsity and path.startswith("layer_") and inputs % 4:
+        if path.startswith("layer_") and inputs % 4:
             raise InvalidArgument(
                 f"sparsity=2:4: four does not divide the {inputs} inputs of {path}"
             )
@@ -106,20 +110,26 @@ def prune(
     pruned = {name: room for name, room in params.items() if not name.startswith("layer_")}
     for new, old in enumerate(kept):
         layer, moments = params[f"layer_{old}"], importance.moments[old]
+        if width is not None:
+            units = _units(layer["mlp"], moments["mlp/down"], width)
+            layer = {**layer, "mlp": _narrow(layer["mlp"], units)}
+            moments = {**moments, "mlp/down": moments["mlp/down"][np.ix_(units, units)]}
         if sparsity:
             layer = _two_of_four(layer, config, moments)
-        if width is not None:
-            layer = {**layer, "mlp": _narrow(layer["mlp"], moments["mlp/down"], width)}
         pruned[f"layer_{new}"] = layer
     layers = tuple(config.layers[i] for i in kept)
     return pruned, dataclasses.replace(config, layers=layers, hidden=width or config.hidden)
 
 
-def _narrow(mlp: Params, moments: np.ndarray, width: int) -> Params:
-    """An MLP with the hidden units that add most: mean square times that of their weights."""
+def _units(mlp: Params, moments: np.ndarray, width: int) -> np.ndarray:
+    """The hidden units that add most: mean square times that of their weights."""
     down = np.asarray(mlp["down"]["kernel"], np.float64)  # [F,D]
     weight = np.diagonal(moments) * np.sum(down**2, axis=1)
-    units = np.sort(np.argsort(-weight, kind="stable")[:width])
+    return np.sort(np.argsort(-weight, kind="stable")[:width])
+
+
+def _narrow(mlp: Params, units: np.ndarray) -> Params:
+    """An MLP with these of its hidden units."""
     axes = {"gate": -1, "up": -1, "down": 0}
     return {
         name: {

@@ -113,7 +113,7 @@ def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch)
     with pytest.raises(InvalidArgument, match="--plot="):
         plot.draw(result, tmp_path / "nowhere" / "x.png")
     at = ["--contexts=8,40", f"--plot={tmp_path / 'context.svg'}", "--drafters=none"]
-    code, out, _ = run(capsys, "bench", *flags, *at, "--json")
+    code, out, _ = run(capsys, "bench", *flags[:2], *at, "--json")
     assert code == 0
     result = json.loads(out)
     assert list(result["systems"]["plain"]["tokens_per_second"]) == ["8", "40", "all"]
@@ -211,7 +211,7 @@ def test_margins_and_noise_are_those_of_the_logits():
         (("bench", "--num_draft=x"), "--num_draft=x"),
         (("bench", "--max_tokens=0"), "--max_tokens=0"),
         (("bench", "--contexts=5,99999"), "--contexts=99999: 1 to "),
-        (("bench", "--contexts=x"), "--contexts=x: 1 to "),
+        (("bench", "--contexts=x"), "--contexts=x: a number"),
         (("bench", "--compare=transformers:int3"), "transformers:int3"),
         (("bench", "--compare=llama.cpp:nowhere.gguf"), "nowhere.gguf"),
         (("bench", "--prompts=/nowhere"), "--prompts=/nowhere"),

@@ -10,7 +10,7 @@ from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.errors import InvalidArgument, OutOfMemory, PromptTooLong
 from jaxinfer.generate import LLM
 from jaxinfer.outputs import GenerationOutput
-from jaxinfer.steps import count_compilations
+from jaxinfer.steps import capacity_for, count_compilations
 from jaxinfer.testing import tiny_llm, tiny_tokenizer
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -63,6 +63,16 @@ def test_cache_equals_no_cache_while_it_grows(llm):
     out = llm.generate("abc", GREEDY, max_tokens=300)
     assert len(out.token_ids) == 300
     assert_greedy_without_cache(llm, llm.tokenizer.encode("abc"), out.token_ids)
+
+
+def test_a_long_cache_grows_by_a_half_or_a_third():
+    sizes = {1: 128, 129: 256, 257: 512, 513: 768, 769: 1024, 1025: 1536, 1537: 2048, 2049: 3072}
+    assert {n: capacity_for(n) for n in sizes} == sizes
+    assert [capacity_for(n) for n in sizes.values()] == list(sizes.values())
+    llm = tiny_llm(max_len=2048)
+    prompt = [int(i) for i in np.random.default_rng(0).integers(1, 64, 440)]
+    out = llm.generate(prompt, GREEDY, max_tokens=600)  # 512, 768, 1024, 1536
+    assert_greedy_without_cache(llm, prompt, out.token_ids)
 
 
 def test_a_prompt_of_several_chunks():

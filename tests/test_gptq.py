@@ -64,7 +64,7 @@ def test_a_model_keeps_what_the_recipe_says():
 
 
 def test_a_model_changes_less_than_to_nearest_on_its_text():
-    """Layer behind layer. Random weights gain little: a real model's loss falls to a third."""
+    """Layer behind layer; random weights gain little."""
     llm = tiny_llm(seed=1)
     recipe, f32 = make_recipe("embed=none,int4:g8", "cpu"), jnp.dtype(jnp.float32)
     tokens = np.random.default_rng(1).integers(0, llm.config.vocab_size, (32, 32), np.int32)

@@ -117,7 +117,7 @@ def test_a_sweep_compares_and_says_which_is_the_smallest():
         ({"quantize": "int3"}, "quantize='int3'"),
         ({"dtype": "f8"}, "one of float32"),
         ({"num_draft": 99}, "must be 0 to 64"),
-        ({"drafter": "self"}, "is not planned"),
+        ({"drafter": "self:int8"}, "planned are none, ngram"),
         ({"data": 0}, "data=0: v5e:4x4 has 16 devices"),
         ({"acceptance": 1.5}, "must be 0 to 1"),
         ({"data": 3}, "data=3: v5e:4x4 has 16 devices"),

@@ -68,6 +68,16 @@ def test_two_of_four_inputs_are_zero_and_they_are_the_lightest(llm, importance):
     np.testing.assert_array_equal(after[after != 0], before[after != 0])
 
 
+def test_narrow_and_sparse_together(llm, importance):
+    width = HIDDEN // 2
+    params, config = prune(llm.params, llm.config, importance, width=width, sparsity="2:4")
+    down = np.asarray(params["layer_0"]["mlp"]["down"]["kernel"])
+    assert (config.hidden, len(down)) == (width, width)
+    assert ((down.T.reshape(-1, 4) == 0).sum(1) == 2).all()
+    with pytest.raises(InvalidArgument, match=f"four does not divide the {width + 1} inputs"):
+        prune(llm.params, llm.config, importance, width=width + 1, sparsity="2:4")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -29,6 +29,7 @@ from jaxinfer.quantize import (
 )
 from jaxinfer.recipes import make_recipe, read_scheme
 from jaxinfer.sharding import ONE_DEVICE
+from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.testing import tiny_config, tiny_llm
 
 F32 = jnp.dtype(jnp.float32)
@@ -148,6 +149,38 @@ def test_a_quantized_model_drafts_for_itself_without_a_change():
     plain = llm.generate(["abc", "hello there"], **options)
     drafted = llm.generate(["abc", "hello there"], drafter="self", num_draft=3, **options)
     assert [o.token_ids for o in drafted] == [o.token_ids for o in plain]
+
+
+def test_a_model_in_eight_bits_drafts_for_itself():
+    llm = tiny_llm()
+    plain, drafted = (
+        llm.generate(["abc", "hello there"], max_tokens=16, temperature=0, ignore_eos=True, **how)
+        for how in ({"exact": True}, {"exact": True, "drafter": "self:int8", "num_draft": 3})
+    )
+    assert [o.token_ids for o in drafted] == [o.token_ids for o in plain]
+    stats = drafted[0].stats
+    assert stats.accepted > 0.5 * stats.drafted > 0
+    first, second = (llm.speculation("self:int8").drafter for _ in range(2))
+    assert sum(x.nbytes for x in jax.tree.leaves(first.params)) < 0.5 * llm.nbytes
+    assert first is second  # not made anew
+    both = llm.speculation(FallbackDrafter(first="ngram", second="self:int8")).drafter
+    assert both.second is first
+
+
+@pytest.mark.parametrize(
+    ("drafter", "said"),
+    [("self:int3", "is none of int8"), ("self:stored", "not of a file"), ("self:", "a text such")],
+)
+def test_a_drafter_of_no_recipe_is_refused_before_anything_is_read(drafter, said):
+    with pytest.raises(InvalidArgument, match=said):
+        jaxinfer.load("no-such-model", drafter=drafter)
+
+
+def test_a_quantized_model_has_no_quantized_self():
+    with pytest.raises(InvalidArgument, match="both would quantize"):
+        jaxinfer.load("no-such-model", quantize="int8", drafter="self:int4")
+    with pytest.raises(InvalidArgument, match="quantized already"):
+        quantized(tiny_llm(), "int8").speculation("self:int8")
 
 
 def test_the_first_rule_that_is_found_wins():

@@ -39,10 +39,12 @@ def apart(make: Make, *args: Any) -> dict[str, System]:
     process.start()
     theirs.close()
 
-    def told() -> Any:
+    def told(*asked: Any) -> Any:
         try:
+            if asked:
+                ours.send(asked)
             answer = ours.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             process.join()
             raise InvalidArgument(
                 f"--compare: the process of {make.__name__} died, exit code {process.exitcode}"
@@ -52,8 +54,7 @@ def apart(make: Make, *args: Any) -> dict[str, System]:
         return answer
 
     def ask(name: str, ids: list[int]) -> Answer:
-        ours.send((name, ids))
-        answer: Answer = told()
+        answer: Answer = told(name, ids)
         return answer
 
     return {name: partial(ask, name) for name in told()}
@@ -62,16 +63,17 @@ def apart(make: Make, *args: Any) -> dict[str, System]:
 def _serve(line: Connection, make: Make, args: tuple[Any, ...]) -> None:
     try:
         systems = make(*args)
-    except InvalidArgument as error:
-        line.send(error)
-        return
-    line.send(list(systems))
-    while True:
-        try:
+        line.send(list(systems))
+        while True:
             name, ids = line.recv()
-        except EOFError:  # whoever asked is gone
-            return
-        line.send(systems[name](ids))
+            line.send(systems[name](ids))
+    except EOFError:  # whoever asked is gone
+        return
+    except Exception as error:  # whatever a system of others may raise: its reason is told
+        known = isinstance(error, InvalidArgument)
+        line.send(
+            error if known else InvalidArgument(f"--compare: {type(error).__name__}: {error}")
+        )
 
 
 def transformers(path: Path, dtype: str, max_tokens: int) -> dict[str, System]:
@@ -129,8 +131,14 @@ def transformers(path: Path, dtype: str, max_tokens: int) -> dict[str, System]:
     return {"transformers": system(), "transformers, prompt lookup": lookup}
 
 
-def llama_cpp(path: Path, max_tokens: int, threads: int) -> dict[str, System]:
-    """llama.cpp on the same .gguf file, whose weights it computes with as they are stored.
+def llama_cpp(path: Path, max_tokens: int, context: int, threads: int) -> dict[str, System]:
+    """llama.cpp on a .gguf file, whose weights it computes with as they are stored.
+
+    Args:
+      path: the model's own file, or one of the same model in another type.
+      max_tokens: of an answer.
+      context: tokens of the longest prompt and its answer.
+      threads: that it computes with.
 
     Raises InvalidArgument where it is not installed, or cannot read the file.
     """
@@ -142,7 +150,7 @@ def llama_cpp(path: Path, max_tokens: int, threads: int) -> dict[str, System]:
         raise InvalidArgument(f"--compare=llama.cpp reads .gguf files, not {path.name}")
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 2048, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = context, 1, False
     params.cpuparams.n_threads = threads
     try:
         server = xllamacpp.Server(params)

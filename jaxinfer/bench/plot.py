@@ -30,17 +30,12 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
     width = 0.8 / len(systems)
     for i, (name, found) in enumerate(systems.items()):
         rates = found["tokens_per_second"]
-        middle = [r["median"] for r in rates.values()]
-        ends = [
-            [m - r["least"] for m, r in zip(middle, rates.values(), strict=True)],
-            [r["most"] - m for m, r in zip(middle, rates.values(), strict=True)],
-        ]
+        middle, ends = _spread(list(rates.values()))
         where = [k + (i - (len(systems) - 1) / 2) * width for k in range(len(rates))]
         speed.bar(where, middle, width, yerr=ends, capsize=2, label=name)
         speed.set_xticks(range(len(rates)), list(rates))
     speed.set_ylabel("tokens/s, median and range")
-    title = ", ".join(result[key] for key in ("model", "dtype", "device") if key in result)
-    speed.set_title(title, loc="left", fontsize="medium")
+    speed.set_title(_title(result), loc="left", fontsize="medium")
     # Room above the bars, so that the names hide none of them.
     speed.set_ylim(top=1.3 * speed.get_ylim()[1])
     speed.legend(frameon=False, ncols=3, fontsize="small", loc="upper left")
@@ -55,32 +50,39 @@ def draw(result: dict[str, Any], file: str | Path | None = None) -> Any:
 
 
 def draw_contexts(result: dict[str, Any], file: str | Path | None = None) -> Any:
-    """Draw the time of a token against the tokens before it; as `draw` otherwise."""
+    """Draw the time of a token against the length of the prompt before it; as `draw` otherwise."""
     figure = _figure(7, 4)
     axes = figure.subplots()
     for name, found in result["systems"].items():
-        rates = {int(n): r for n, r in found["tokens_per_second"].items() if n != "all"}
-        middle = [1e3 / r["median"] for r in rates.values()]
-        ends = [
-            [m - 1e3 / r["most"] for m, r in zip(middle, rates.values(), strict=True)],
-            [1e3 / r["least"] - m for m, r in zip(middle, rates.values(), strict=True)],
-        ]
-        axes.errorbar(list(rates), middle, ends, capsize=2, marker="o", label=name)
-    longest = max(int(n) for n in result["systems"]["plain"]["tokens_per_second"] if n != "all")
+        rates = {n: r for n, r in found["tokens_per_second"].items() if n != "all" and r["least"]}
+        times = [{end: 1e3 / rate for end, rate in r.items()} for r in rates.values()]
+        middle, ends = _spread([{**t, "least": t["most"], "most": t["least"]} for t in times])
+        axes.errorbar(list(map(int, rates)), middle, ends, capsize=2, marker="o", label=name)
+    speed = result["bytes_per_second"]["median"]
     read = [
-        1e3
-        * (result["weight_bytes"] + n * result["cache_bytes_per_token"])
-        / result["bytes_per_second"]["median"]
-        for n in (0, longest)
+        1e3 * (result["weight_bytes"] + held) / speed for held in result["cache_bytes"].values()
     ]
-    axes.plot([0, longest], read, "k:", label="reading weights and cache")
+    axes.plot(list(map(int, result["cache_bytes"])), read, "k:", label="reading weights and cache")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of context")
+    axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("milliseconds a token, median and range")
-    title = ", ".join(result[key] for key in ("model", "dtype", "device") if key in result)
-    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_title(_title(result), loc="left", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
     return _finish(figure, file)
+
+
+def _spread(rates: Sequence[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far least and most are from them."""
+    middle = [r["median"] for r in rates]
+    return middle, [
+        [r["median"] - r["least"] for r in rates],
+        [r["most"] - r["median"] for r in rates],
+    ]
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    names = (result.get(key) for key in ("model", "dtype", "quantize", "device"))
+    return ", ".join(name for name in names if name)
 
 
 def draw_quality(rows: Sequence[Mapping[str, Any]], file: str | Path | None = None) -> Any:

@@ -1,4 +1,5 @@
-"""Short prompts in four kinds, which differ in how much of the answer stands in the prompt."""
+"""What is measured: short prompts in four kinds, which differ in how much of the answer stands in
+the prompt; and prose of any length."""
 
 from __future__ import annotations
 
@@ -85,14 +86,14 @@ def read_prompts(path: str) -> dict[str, tuple[str, ...]]:
 def contexts(llm: LLM, texts: Sequence[str], room: int) -> dict[str, list[list[int]]]:
     """Token ids of Python's own documentation, cut to each of these numbers of tokens, by number.
 
-    Raises InvalidArgument where one is no number, or leaves no room for `room` tokens more.
+    Raises InvalidArgument where one is longer than the text, or leaves no room for `room` more.
     """
-    most = llm.max_len - room
+    wanted = max(int(text[:9]) for text in texts)
+    ids = llm.tokenizer.encode(own_text()[: 10 * wanted])
+    most = min(llm.max_len - room, len(ids)) if len(ids) < wanted else llm.max_len - room
     for text in texts:
-        if not text.isdecimal() or not 1 <= int(text[:9]) <= most:
+        if not 1 <= int(text[:9]) <= most:
             raise InvalidArgument(f"--contexts={text}: 1 to {most} tokens")
-    longest = max(map(int, texts))
-    ids = llm.tokenizer.encode(own_text()[: 10 * longest])
     return {text: [ids[: int(text)]] for text in texts}
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jaxinfer import steps
+from jaxinfer.batch import Model
 from jaxinfer.cache import cache_bytes
 from jaxinfer.calibrate import measure
 from jaxinfer.generate import LLM
@@ -67,11 +68,11 @@ def compare(
     """Measure plain decoding, each drafter and each peer on the same prompts.
 
     Returns:
-      What `jaxinfer bench --json` writes, but for the model's name: rates in tokens/s and bytes/s,
-      times in seconds, and ratios to plain decoding. `bench.plot.draw` makes a picture of it.
+      What `jaxinfer bench --json` writes, but for how the model was loaded: rates in tokens/s
+      and bytes/s, times in seconds, and ratios to plain decoding. `bench.plot` draws it.
     """
     systems = {
-        "memory": bandwidth(llm.model.dtype, llm.model.own_device),
+        "memory": bandwidth(llm.model),
         "plain": system(llm, None, max_tokens, exact=exact),
         **{name: system(llm, d, max_tokens, exact=exact) for name, d in drafters.items()},
         **(peers or {}),
@@ -88,13 +89,19 @@ def compare(
         "runs": runs,
         "max_tokens": max_tokens,
         "weight_bytes": llm.nbytes,
-        "cache_bytes_per_token": cache_bytes(llm.config, 1, 1, llm.model.dtype, llm.model.store),
+        "cache_bytes": {kind: _held(llm, each) for kind, each in prompts.items()},
         "bytes_per_second": memory,
         "limit_tokens_per_second": limit,
         "fraction_of_limit": found["plain"]["tokens_per_second"]["all"]["median"] / limit,
         "systems": found,
         "verify_seconds": verify_costs(llm, capacity) if costs else {},
     }
+
+
+def _held(llm: LLM, prompts: Sequence[list[int]]) -> int:
+    """Bytes of cache of the longest of these prompts."""
+    longest = max(map(len, prompts))
+    return cache_bytes(llm.config, 1, longest, llm.model.dtype, llm.model.store)
 
 
 def run_all(
@@ -183,13 +190,13 @@ def verify_costs(llm: LLM, capacity: int) -> dict[int, float]:
     return found
 
 
-def bandwidth(dtype: jnp.dtype, device: jax.Device) -> System:
+def bandwidth(model: Model) -> System:
     """Reads a matrix much larger than any cache, as the model's own product does.
 
     A token stands for a byte here; the prompt does not matter.
     """
-    matrix = jax.device_put(jnp.ones((4096, 32768), dtype), device)
-    rows = jax.device_put(jnp.ones((1, 2, 4096), dtype), device)  # two: one is bfloat16's slow path
+    matrix = jax.device_put(jnp.ones((4096, 32768), model.dtype), model.own_device)
+    rows = jax.device_put(jnp.ones((1, model.narrow(1), 4096), model.dtype), model.own_device)
     product = jax.jit(project)
 
     def run(ids: list[int]) -> Answer:

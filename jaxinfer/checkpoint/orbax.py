@@ -32,7 +32,7 @@ from jaxinfer.checkpoint.placement import (
     require_room,
 )
 from jaxinfer.checkpoint.source import label, one_line
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import DTYPES, ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
 from jaxinfer.quantize import Quantized
 from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, read_scheme, with_digits
@@ -43,7 +43,6 @@ from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
 DESCRIPTION = "jaxinfer.json"
 WEIGHTS = "weights"
 FORMAT = 1
-DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
 
 
 def is_orbax(path: Path) -> bool:
@@ -84,7 +83,8 @@ def save_orbax(folder: Path, checkpoint: Checkpoint) -> None:
 
 def stored_dtype(folder: Path) -> str:
     """The dtype that the weights were saved in."""
-    return Fields(read_json(folder / DESCRIPTION), DESCRIPTION).choice("dtype", None, DTYPES)
+    names = dict(zip(DTYPES, DTYPES, strict=True))
+    return Fields(read_json(folder / DESCRIPTION), DESCRIPTION).choice("dtype", None, names)
 
 
 def load_orbax(

@@ -196,8 +196,12 @@ def keep(x: jax.Array, shape: Any) -> Any:
 def keep_params(
     params: Params, config: ModelConfig, dtype: jnp.dtype, layout: Layout, recipe: Recipe
 ) -> Params:
-    """Weights that are in memory and lie on `layout`, kept as a recipe says."""
+    """Weights that are in memory and lie on `layout`, kept as a recipe says.
+
+    Raises OutOfMemory where there is no room for them beside the others.
+    """
     shapes = param_shapes(config, dtype, layout, schemes_of(config, recipe))
+    require_room(shapes, layout)
     return jax.tree.map(keep, params, nest(shapes))
 
 

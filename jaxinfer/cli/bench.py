@@ -1,6 +1,7 @@
 """jaxinfer bench: tokens per second, plain and with drafters, by kind of prompt.
 
-Greedy answers to short prompts of four kinds, or to a file of yours, one at a time. The runs of all
+Greedy answers to short prompts of four kinds, to a file of yours or behind contexts of given
+lengths, one at a time. The runs of all
 systems alternate; a figure is the median of the runs.
 
   jaxinfer bench
@@ -27,10 +28,10 @@ from jaxinfer.cli.model_flags import (
     load_drafter,
     load_model,
 )
+from jaxinfer.config import DTYPES
 from jaxinfer.errors import InvalidArgument
 
 PEERS = ("transformers", "llama.cpp")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,7 +40,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define_model_flags(values)
     define_mesh_flags(values)
     flags.DEFINE_list(
-        "drafters", ["ngram"], "ngram, self, models by name; none: plain alone.", **to
+        "drafters", ["ngram"], "ngram, self, self:int8, models by name; none: plain alone.", **to
     )
     flags.DEFINE_string(
         "num_draft", "auto", "Tokens they offer a round; auto: as many as pay.", **to
@@ -59,14 +60,12 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measure and print as the flags say."""
-    for peer in values.compare:
-        name, _, what = peer.partition(":")
-        if name not in PEERS:
-            raise InvalidArgument(f"--compare={peer}: there are {', '.join(PEERS)}")
-        if name == "transformers" and what not in ("", *DTYPES):
-            raise InvalidArgument(f"--compare={peer}: one of {', '.join(DTYPES)}")
-        if name == "llama.cpp" and what and not Path(what).is_file():
-            raise InvalidArgument(f"--compare={peer}: there is no file {what}")
+    compared = [_peer(text) for text in values.compare]
+    if values.prompts and values.contexts:
+        raise InvalidArgument("--prompts and --contexts: one of them")
+    for text in values.contexts:
+        if not text.isdecimal():
+            raise InvalidArgument(f"--contexts={text}: a number of tokens")
     for name, count in (("runs", values.runs), ("max_tokens", values.max_tokens)):
         if count < 1:
             raise InvalidArgument(f"--{name}={count}: must be 1 or more")
@@ -84,23 +83,23 @@ def run(values: flags.FlagValues) -> None:
     begin = time.perf_counter()
     llm = load_model(values)
     load_seconds = time.perf_counter() - begin
-    path = hub.resolve(values.model) if values.compare else Path()
-    others: dict[str, speed.System] = {}
-    for peer in values.compare:
-        name, _, what = peer.partition(":")
-        if name == "transformers":
-            kind = what or llm.model.dtype.name
-            found = peers.apart(peers.transformers, path, kind, values.max_tokens)
-        else:
-            file = Path(what) if what else path
-            found = peers.apart(peers.llama_cpp, file, values.max_tokens, os.cpu_count() or 1)
-        own = f" ({Path(what).name})" if what else ""
-        others |= {f"{system}{own}": answer for system, answer in found.items()}
     prompts = (
         contexts(llm, values.contexts, values.max_tokens)
         if values.contexts
         else {kind: [chat_or_plain(llm, text) for text in each] for kind, each in texts.items()}
     )
+    path = hub.resolve(values.model) if compared else Path()
+    context = values.max_tokens + max(len(ids) for each in prompts.values() for ids in each)
+    others: dict[str, speed.System] = {}
+    for peer, what in compared:
+        if peer == "transformers":
+            kind = what or llm.model.dtype.name
+            found = peers.apart(peers.transformers, path, kind, values.max_tokens)
+        else:
+            file, threads = Path(what) if what else path, os.cpu_count() or 1
+            found = peers.apart(peers.llama_cpp, file, values.max_tokens, context, threads)
+        own = f" ({Path(what).name})" if what else ""
+        others |= {f"{system}{own}": answer for system, answer in found.items()}
     names = [name for name in values.drafters if name != "none"]
     measured = speed.compare(
         llm,
@@ -120,6 +119,18 @@ def run(values: flags.FlagValues) -> None:
     print(json.dumps(result) if values.json else table(result))
     if values.plot and distributed.is_first():
         (plot.draw_contexts if values.contexts else plot.draw)(result, values.plot)
+
+
+def _peer(text: str) -> tuple[str, str]:
+    """A peer's name, and what stands behind its colon."""
+    name, _, what = text.partition(":")
+    if name not in PEERS:
+        raise InvalidArgument(f"--compare={text}: there are {', '.join(PEERS)}")
+    if name == "transformers" and what not in ("", *DTYPES):
+        raise InvalidArgument(f"--compare={text}: one of {', '.join(DTYPES)}")
+    if name == "llama.cpp" and what and not Path(what).is_file():
+        raise InvalidArgument(f"--compare={text}: there is no file {what}")
+    return name, what
 
 
 def table(result: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def make_mesh(text: str | None) -> Any:
 def define_speculation_flags(values: flags.FlagValues) -> None:
     """Define the flags that say how tokens are drafted and verified."""
     to: dict[str, Any] = {"flag_values": values}
-    what = "Guesses tokens: auto, none, ngram, self, or a model by name."
+    what = "Guesses: auto, none, ngram, self, self:int8, a model by name."
     flags.DEFINE_string("drafter", "none", what, **to)
     flags.DEFINE_string("num_draft", None, "Tokens it offers a round; auto: as many as pay.", **to)
     judged = "exact, rejection or block; auto: as suits the drafter."
@@ -86,11 +86,11 @@ def draft_length(text: str) -> Any:
 def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
     """The drafter `name` for an LLM that is loaded already; `name` may be that of a model."""
     import jaxinfer
-    from jaxinfer.drafters import NAMES
+    from jaxinfer.drafters import is_name
 
     other = (
         name
-        if name in NAMES
+        if is_name(name)
         else jaxinfer.load(
             name, dtype=llm.model.dtype, kernels=llm.model.impl, mesh=llm.model.layout.mesh
         )

@@ -1,7 +1,7 @@
 """jaxinfer prune: make a smaller model out of a larger one, by what matters least for a text.
 
 jaxinfer prune --drop_layers=6 --width=1024 --output=small
-jaxinfer bench --drafter=small
+jaxinfer bench --drafters=small
 
 What matters is measured on the text. Nothing is trained afterwards: such a model drafts, or is
 where training begins. It is written as an Orbax checkpoint.

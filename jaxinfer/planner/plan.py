@@ -17,7 +17,8 @@ from jaxinfer import cache, steps
 from jaxinfer.batch import Model, batch_rows
 from jaxinfer.checkpoint.describe import describe
 from jaxinfer.checkpoint.placement import bytes_a_device, nest, param_shapes, schemes_of
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import DTYPES, ModelConfig
+from jaxinfer.drafters import is_name
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.hardware import TOPOLOGIES
 from jaxinfer.planner.programs import DoesNotFit, Program, compile_all
@@ -123,8 +124,8 @@ def plan(
         raise InvalidArgument(f"data={data}: {topology} has {target.devices} devices")
     known = model if isinstance(model, ModelConfig) else describe(model, cache=cache_dir)
     drafter = {"auto": "ngram"}.get(drafter, drafter) if num_draft else "none"
-    if drafter == "self":
-        raise InvalidArgument("drafter='self' is not planned: none, ngram or a second model")
+    if drafter not in ("none", "ngram") and is_name(drafter):
+        raise InvalidArgument(f"drafter={drafter!r:.40}: planned are none, ngram and second models")
     small = None if drafter in ("none", "ngram") else describe(drafter, cache=cache_dir)
     asked = _Asked(
         model=known.family if isinstance(model, ModelConfig) else str(model),
@@ -216,7 +217,7 @@ def _check(batch: int, context: int, dtype: str, num_draft: int, acceptance: flo
     for name, value, most in (("batch", batch, 1 << 16), ("context", context, 1 << 24)):
         if not 1 <= value <= most:
             raise InvalidArgument(f"{name}={value}: must be 1 to {most}")
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in DTYPES:
         raise InvalidArgument(f"dtype={dtype!r:.40}: one of float32, bfloat16, float16")
     if not 0 <= num_draft <= MAX_DRAFT:
         raise InvalidArgument(f"num_draft={num_draft}: must be 0 to {MAX_DRAFT}")
