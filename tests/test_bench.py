@@ -117,7 +117,7 @@ def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch)
     assert code == 0
     result = json.loads(out)
     assert list(result["systems"]["plain"]["tokens_per_second"]) == ["8", "40", "all"]
-    assert "tokens of context" in (tmp_path / "context.svg").read_text("utf-8")
+    assert "tokens of the prompt" in (tmp_path / "context.svg").read_text("utf-8")
     code, out, _ = run(capsys, "bench", *flags, "--drafters=none")
     assert code == 0
     assert "plain" in out
