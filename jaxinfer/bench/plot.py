@@ -91,11 +91,12 @@ def draw_quality(rows: Sequence[Mapping[str, Any]], file: str | Path | None = No
     axes = figure.subplots()
     rows = [row for row in rows if "mean_kl" in row]
     axes.scatter([row["bytes"] / 1e6 for row in rows], [row["mean_kl"] for row in rows])
-    for row in rows:
+    for i, row in enumerate(sorted(rows, key=lambda row: row["mean_kl"])):
         speed = f", {row['speedup']:.2f}x" if "speedup" in row else ""
         where = row["bytes"] / 1e6, row["mean_kl"]
         text = f"{row['recipe'][:40]}{speed}"
-        axes.annotate(text, where, (5, 4), textcoords="offset points", fontsize="small")
+        apart = 5, -10 if i % 2 else 4  # neighbours above and below their points
+        axes.annotate(text, where, apart, textcoords="offset points", fontsize="small")
     # A KL of 0, as of a model kept as it was stored, has its place at the foot of the scale.
     axes.set_yscale("symlog", linthresh=1e-4)
     axes.margins(0.25, 0.1)
