@@ -260,7 +260,7 @@ def test_a_whole_drafter_beside_a_cut_model(tiny):
 
 @pytest.mark.parametrize(
     ("text", "fields"),
-    [("int8", SPREAD), ("int4:g8", SPREAD), ("int4:g8", FIELDS), ("w8a8", FIELDS), ("fp8", FIELDS)],
+    [("int8", SPREAD), ("int4:g8", SPREAD), ("w8a8", FIELDS), ("fp8", FIELDS)],
 )
 def test_quantized_weights(text, fields):
     """Sums of whole numbers have no order; the floats beside them have."""
