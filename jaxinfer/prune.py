@@ -47,7 +47,7 @@ def measure(params: Params, config: ModelConfig, tokens: np.ndarray) -> Importan
     return Importance(np.array(turned), moments)
 
 
-def check_any(drop_layers: int, width: int | None, sparsity: str | None) -> None:
+def check_options(drop_layers: int, width: int | None, sparsity: str | None) -> None:
     """Raise InvalidArgument where no model could be pruned so."""
     if sparsity not in (None, *SPARSITY):
         raise InvalidArgument(f"sparsity={sparsity!r:.20}: {', '.join(SPARSITY)}")
@@ -70,12 +70,11 @@ def check(
         )
     if width is not None and not 1 <= width < config.hidden:
         raise InvalidArgument(f"width={width}: 1 to {config.hidden - 1}, less than the model's own")
-    check_any(drop_layers, width, sparsity)
+    check_options(drop_layers, width, sparsity)
     if sparsity is None:
         return
-    for path, spec in flat_specs(
-        dataclasses.replace(config, hidden=width or config.hidden)
-    ).items():
+    narrowed = dataclasses.replace(config, hidden=width or config.hidden)
+    for path, spec in flat_specs(narrowed).items():
         inputs = matrix_size(spec.shape, spec.inputs)[1] if is_matrix(path) else 0
         if path.startswith("layer_") and inputs % 4:
             raise InvalidArgument(

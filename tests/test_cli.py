@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -131,13 +130,12 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, case):
 
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 def test_a_device_that_is_not_there(device):
-    if device == "tpu" and importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is installed: JAX then says something else, or finds one")
     flags = ["", "generate", "--prompt=a", f"--device={device}"]
     code = f"from jaxinfer.cli.main import main; print(main({flags}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout == "2\n"
-    assert out.stderr.startswith(f"jaxinfer: --device={device} is not there")
+    last = out.stderr.splitlines()[-1]  # libtpu, where it is installed, writes lines of its own
+    assert last.startswith(f"jaxinfer: --device={device} is not there")
 
 
 def test_near_matches_are_named(capsys):

@@ -43,7 +43,7 @@ def run(values: flags.FlagValues) -> None:
     from jaxinfer.checkpoint.placement import Checkpoint
 
     what = {"drop_layers": values.drop_layers, "width": values.width, "sparsity": values.sparsity}
-    prune.check_any(**what)
+    prune.check_options(**what)
     text = read_text(values.text)
     llm = load_model(values)
     layerwise.refuse_quantized(llm.params)

@@ -218,7 +218,7 @@ def _check(batch: int, context: int, dtype: str, num_draft: int, acceptance: flo
         if not 1 <= value <= most:
             raise InvalidArgument(f"{name}={value}: must be 1 to {most}")
     if dtype not in DTYPES:
-        raise InvalidArgument(f"dtype={dtype!r:.40}: one of float32, bfloat16, float16")
+        raise InvalidArgument(f"dtype={dtype!r:.40}: one of {', '.join(DTYPES)}")
     if not 0 <= num_draft <= MAX_DRAFT:
         raise InvalidArgument(f"num_draft={num_draft}: must be 0 to {MAX_DRAFT}")
     if not 0 <= acceptance <= 1:
