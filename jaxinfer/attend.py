@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
+from pallas_kernels.digits import MAX_SUM
 
 Store = Literal["int8", "fp8"]
 STORED: dict[Store | None, Any] = {None: None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -33,6 +34,8 @@ class Kernels:
     layout: Layout = ONE_DEVICE
     store: Store | None = None
     """Keys and values are kept in eight bits, with a scale a token and head; None: as they are."""
+    whole: bool = False
+    """With "xla", few tokens read an int8 cache by products of whole numbers: a CPU's fast way."""
 
 
 XLA = Kernels()
@@ -100,34 +103,37 @@ def _attend(
     kernels: Kernels,
     options: Any,
 ) -> tuple[jax.Array, Arrays]:
-    impl = kernels.impl
-    if impl == "xla" and not kernels.write_first and kernels.store is None:
-        keys, values = cache
-        y = cached_attention(q, k, v, keys, values, start, impl="xla", **options)
-        # The cache is written once it has been read: XLA would else copy it to be safe.
-        start = _after(start, y)
-        return y, cache_update(cache, (k, v), start, num_new, impl="xla")
-    new: Arrays = (k, v)
-    if kernels.store is not None:
-        (k, k_scale), (v, v_scale) = (_store(x, kernels.store) for x in new)
-        new = k, v, k_scale, v_scale
+    impl, store = kernels.impl, kernels.store
+    stored: Arrays = (k, v)
+    new: tuple[jax.Array | None, jax.Array | None] = k, v
+    if store is not None:
+        (k, k_scale), (v, v_scale) = (_store(x, store) for x in stored)
+        stored = k, v, k_scale, v_scale
+        new = _widen(k, k_scale, q.dtype), _widen(v, v_scale, q.dtype)
     # There is no GPU kernel that writes, and none at all that knows fp8: XLA's scatter does.
-    writer: Impl = "xla" if impl == "pallas_gpu" or kernels.store == "fp8" else impl
-    cache = cache_update(cache, new, start, num_new, impl=writer)
+    writer: Impl = "xla" if impl == "pallas_gpu" or store == "fp8" else impl
+    beside = impl == "xla" and not kernels.write_first
+    if not beside:
+        cache, new = cache_update(cache, stored, start, num_new, impl=writer), (None, None)
     keys, values, *scales = cache
-    few = q.shape[1] <= FEW
+    few = beside or q.shape[1] <= FEW
     options = options | {"num_new": num_new, "impl": impl}
     # The kernel of GPUs takes but few queries over int8.
-    if scales and few and kernels.store == "int8" and impl != "pallas_gpu":
-        options |= {"k_scale": scales[0], "v_scale": scales[1]}
+    if scales and few and store == "int8" and impl != "pallas_gpu":
+        whole = kernels.whole and keys.shape[2] <= MAX_SUM
+        options |= {"k_scale": scales[0], "v_scale": scales[1], "whole": whole}
     elif scales:  # the kernels multiply by scales of int8 alone, and only for few tokens
         keys, values = (
-            (x.astype(jnp.float32) * by[..., None]).astype(q.dtype)
-            for x, by in zip((keys, values), scales, strict=True)
+            _widen(x, by, q.dtype) for x, by in zip((keys, values), scales, strict=True)
         )
     if few:
-        return cached_attention(q, None, None, keys, values, start, **options), cache
-    return attention(q, keys, values, start, **options), cache
+        y = cached_attention(q, *new, keys, values, start, **options)
+    else:
+        y = attention(q, keys, values, start, **options)
+    if beside:
+        # The cache is written once it has been read: XLA would else copy it to be safe.
+        cache = cache_update(cache, stored, _after(start, y), num_new, impl=writer)
+    return y, cache
 
 
 def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:
@@ -138,6 +144,11 @@ def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:
     scale = jnp.where(scale > 0, scale, 1)
     x = x / scale[..., None]
     return (jnp.round(x) if store == "int8" else x).astype(STORED[store]), scale
+
+
+def _widen(codes: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What codes [...,H] stand for, with their scales [...]."""
+    return (codes.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def _after(start: jax.Array, y: jax.Array) -> jax.Array:

@@ -56,7 +56,13 @@ class Model:
 
     def kernels(self, exact: bool = False) -> Kernels:
         """How attention writes and reads a cache of this model."""
-        return Kernels(self.impl, write_first=exact, layout=self.layout, store=self.store)
+        return Kernels(
+            self.impl,
+            write_first=exact,
+            layout=self.layout,
+            store=self.store,
+            whole=self.layout.platform == "cpu",
+        )
 
     def check_kernels(self) -> None:
         """Raise InvalidArgument where the kernels asked for do not cover this model."""

@@ -11,7 +11,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer import gptq, layerwise, steps
+from jaxinfer import gptq, layerwise, smooth, steps
 from jaxinfer.attend import Store, check_store
 from jaxinfer.checkpoint.aliases import DEFAULT_MODEL
 from jaxinfer.checkpoint.placement import Checkpoint, schemes_of
@@ -58,8 +58,9 @@ def load(
         leaves hidden widths whole. A drafter given by name lies like the model.
       quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
-      calibration: a list of texts whose activations say how to round, by GPTQ; None: to nearest,
-        as fp8 always is. Takes seconds a layer, and the memory of the model as it is.
+      calibration: a list of texts whose activations say how to round, by GPTQ, and for w8a8 how
+        to even them out first, by SmoothQuant; None: to nearest, as fp8 always is. Takes seconds a
+        layer, and the memory of the model as it is.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       cache_dtype: None, as dtype; "int8" or "fp8": keys and values in eight bits, with a scale a
@@ -148,7 +149,8 @@ def _calibrated(
     layerwise.refuse_quantized(checkpoint.params)
     tokens = layerwise.stretches(checkpoint.tokenizer, texts, checkpoint.config.max_len)
     schemes = schemes_of(checkpoint.config, recipe)
-    params = gptq.round_model(checkpoint.params, checkpoint.config, schemes, tokens, dtype)
+    params = smooth.smooth_model(checkpoint.params, checkpoint.config, schemes, tokens)
+    params = gptq.round_model(params, checkpoint.config, schemes, tokens, dtype)
     return dataclasses.replace(checkpoint, params=params)
 
 

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.digits import split
+
 FP8 = jnp.float8_e4m3fn
 FEW_ROWS = 64  # of a product by digits where a weight lies in groups; for more it is widened
 CLIPS = 24  # scales that rounding to few bits tries: 1, 0.98, 0.96, ... of what holds all
@@ -254,17 +256,10 @@ def _by_floats(x: jax.Array, w: Quantized) -> jax.Array:
 def _by_digits(x: jax.Array, w: Quantized) -> jax.Array:
     """x [R,G,I] times a weight, by products of whole numbers alone: [R,O].
 
-    Two digits: x = (a + b / 254) * unit with a and b int8, so that x is off by at most 1/64,516 of
-    the largest in its row. A product with either is exact, and both are rows of one product.
+    A product with either digit is exact, and both are rows of one product.
     """
-    x = x.astype(jnp.float32)
-    unit = _positive(jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True) / 127)
-    x = x / unit
-    first = jnp.round(x)
-    digits = [first.astype(jnp.int8)]
-    if w.scheme.digits == 2:
-        digits.append(jnp.round((x - first) * 254).astype(jnp.int8))
-    count, stacked = len(x), jnp.concatenate(digits)
+    *digits, unit = split(x.astype(jnp.float32), (1, 2))
+    count, stacked = len(x), jnp.concatenate(digits[: w.scheme.digits])
     if len(stacked) == 1:  # one row is XLA:CPU's slow path, two are its fast one
         stacked = jnp.concatenate([stacked, stacked])
 

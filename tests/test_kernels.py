@@ -167,6 +167,43 @@ def quantized(x):
     return np.round(x / scale[..., None]).astype(np.int8), scale
 
 
+@pytest.mark.parametrize("slots", [100, 128, 512])  # a long sum is taken in pieces
+@pytest.mark.parametrize("beside", [False, True], ids=["held", "beside"])
+def test_int8_cache_by_whole_numbers(slots, beside):
+    """The reference's fast way on a CPU: 15 bits of a query and of a weight."""
+    x = problem(
+        start=[slots - 5, 3], num_new=[3, 3], tokens=3, heads=4, kv=2, slots=slots, width=64,
+        poison=0,
+    )  # fmt: skip
+    q, k, v, start, num_new = x
+    numbers, scales = zip(*(quantized(y) for y in (k, v)), strict=True)
+    dense = [oracle.dense(n, s) for n, s in zip(numbers, scales, strict=True)]
+    new = (None, None)
+    if beside:
+        at = np.asarray(start)[:, None] + np.arange(3)
+        new = (np.stack([y[b][:, at[b]].swapaxes(0, 1) for b in range(2)]) for y in dense)
+        new = tuple(jnp.asarray(y, jnp.float32) for y in new)
+    held = [jnp.asarray(y) for y in (*numbers, *scales)]
+
+    def run(k_cache, v_cache, **options):
+        got = cached_attention(
+            q, *new, k_cache, v_cache, start, scale=0.1, impl="xla", whole=True, **options
+        )
+        return np.asarray(got)
+
+    got = run(*held[:2], k_scale=held[2], v_scale=held[3])
+    expected = want(q, *dense, start, num_new, scale=0.1)
+    assert 1e-8 < oracle.relative_error(got, expected) <= 1e-4
+    if not beside and slots % 128 == 0:
+        page, count = 64, slots // 64
+        pages = [np.asarray(y).reshape(4, count, page, *y.shape[3:]) for y in held]
+        pages = [y.reshape(2, 2, *y.shape[1:]).swapaxes(1, 2) for y in pages]
+        pages = [jnp.asarray(y.reshape(2 * count, *y.shape[2:])) for y in pages]
+        table = jnp.arange(2 * count, dtype=jnp.int32).reshape(2, count)
+        options = {"k_scale": pages[2], "v_scale": pages[3], "block_table": table}
+        np.testing.assert_array_equal(run(*pages[:2], **options), got)
+
+
 @pytest.mark.parametrize("page", [64, 128])
 def test_paged_cache(page):
     q, k, v, start, num_new = problem(
@@ -424,6 +461,7 @@ GOOD = {"q": (2, 4, 4, 64), "k_cache": (2, 2, 256, 64)}
         ({"ancestors": (3, 4)}, "ancestors"),
         ({"cache_dtype": "int8"}, "scales"),
         ({"q": (2, 0, 4, 64)}, "no axis may be empty"),
+        ({"whole": True}, "whole: an int8 cache"),
     ],
 )
 def test_refusals_name_the_argument(change, names):
@@ -437,7 +475,8 @@ def test_refusals_name_the_argument(change, names):
     start = jax.ShapeDtypeStruct((2,), "int32")
 
     def call(q, new, cache, start, ints):
-        return cached_attention(q, new, new, cache, cache, start, scale=1.0, impl=c["impl"], **ints)
+        options = {n: c[n] for n in ("impl", "whole") if n in c}
+        return cached_attention(q, new, new, cache, cache, start, scale=1.0, **options, **ints)
 
     with pytest.raises(UnsupportedError, match=names) as error:
         jax.eval_shape(call, q, new, cache, start, ints)

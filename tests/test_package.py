@@ -23,7 +23,7 @@ FLOORS = [
     ("jaxinfer.tokenizer",),
     ("jaxinfer.chat", "jaxinfer.prompts", "jaxinfer.checkpoint", "jaxinfer.speculative"),
     ("jaxinfer.layerwise",),
-    ("jaxinfer.batch", "jaxinfer.gptq", "jaxinfer.prune"),
+    ("jaxinfer.batch", "jaxinfer.gptq", "jaxinfer.prune", "jaxinfer.smooth"),
     ("jaxinfer.scoring", "jaxinfer.calibrate", "jaxinfer.drafters"),
     ("jaxinfer.generate",),
     ("jaxinfer.loading", "jaxinfer.testing", "jaxinfer.bench", "jaxinfer.planner"),

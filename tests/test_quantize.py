@@ -104,6 +104,16 @@ def test_every_product_is_that_of_the_weights_it_stands_for(w, text, platform, r
     np.testing.assert_array_equal(lookup(table, tokens), widen(table)[tokens])
 
 
+@pytest.mark.parametrize("text", ["int8", "w8a8", "int4:g16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(w, text, bad):
+    x = jax.random.normal(jax.random.key(1), (1, 5, 64))
+    q = quantize(w, (0,), scheme_of(text, 24, 64))
+    good, y = (np.asarray(jax.jit(project)(x, q))[0] for x in (x, x.at[0, 3, 7].set(bad)))
+    assert not np.isfinite(y[3]).any()
+    np.testing.assert_array_equal(np.delete(y, 3, 0), np.delete(good, 3, 0))
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_code_comes_back_from_its_byte(bits):
     scheme = dataclasses.replace(scheme_of("int8", 4, 4), bits=bits)

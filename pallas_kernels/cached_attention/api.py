@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.cached_attention.reference import cached_attention_reference
 from pallas_kernels.chips import Blocks
+from pallas_kernels.digits import MAX_SUM
 from pallas_kernels.dispatch import Impl, UnsupportedError
 
 
@@ -29,6 +30,7 @@ def cached_attention(
     v_scale: jax.Array | None = None,
     block_table: jax.Array | None = None,
     ancestors: jax.Array | None = None,
+    whole: bool = False,
     impl: Impl = "auto",
     blocks: Blocks | None = None,
 ) -> jax.Array:
@@ -59,6 +61,9 @@ def cached_attention(
       ancestors: [T,T] bool, new tokens are a tree (arXiv 2305.09781): token t sees new token u
         where ancestors[t,u], itself included, and stands at start + the number of its ancestors
         (of a window's kind too). None: a chain.
+      whole: "xla" multiplies an int8 cache by whole numbers, queries and weights as two int8 digits
+        each (15 bits), and not by the dtype of q: on a CPU up to ten times as fast. S is at most
+        131,072 then, so that sums fit int32.
       impl: "xla" is the reference, "pallas_tpu" and "pallas_gpu" never give way to it, "auto" takes
         the platform's own where it covers the arguments.
       blocks: instead of the chip's entry in `pallas_kernels.chips`.
@@ -104,8 +109,11 @@ def cached_attention(
         raise UnsupportedError("k and v come together, and so do their scales, or neither does")
     if (k_scale is None) != (k_cache.dtype != jnp.int8):
         raise UnsupportedError(f"a cache of int8 needs scales, one of {k_cache.dtype} has none")
-    if k is not None and not (k_scale is None and block_table is None and ancestors is None):
-        raise UnsupportedError("k, v: with scales, pages or a tree they must be in the cache")
+    if k is not None and not (block_table is None and ancestors is None):
+        raise UnsupportedError("k, v: with pages or a tree they must be in the cache")
+    reach = slots if block_table is None else slots * block_table.shape[1]
+    if whole and (k_scale is None or reach > MAX_SUM):
+        raise UnsupportedError(f"whole: an int8 cache with scales, of {MAX_SUM} slots at most")
     if window is not None and window < 1:
         raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
     if ancestors is not None:
@@ -126,7 +134,9 @@ def cached_attention(
     }
 
     def xla() -> jax.Array:
-        return cached_attention_reference(q, k, v, k_cache, v_cache, start, num_new, **options)
+        return cached_attention_reference(
+            q, k, v, k_cache, v_cache, start, num_new, whole=whole, **options
+        )
 
     def pallas_tpu() -> jax.Array:
         from pallas_kernels.cached_attention.tpu import cached_attention_tpu
