@@ -226,7 +226,7 @@ def make_run(
         widths=jnp.zeros((len(plan.widths),), jnp.int32),
     )
     drafter = speculation.drafter
-    pace = new_pace(size, *costs.by_length(drafter.max_draft, plan.widths))
+    pace = new_pace(size, drafter.kinds, *costs.by_length(drafter.max_draft, plan.widths))
     return speculative.Run(state, drafter.init(size, capacity), pace, counts)
 
 

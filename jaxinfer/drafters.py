@@ -174,6 +174,8 @@ def check_drafter(
     wanted = {"tokens": ((batch, size), "int32"), "num": ((batch,), "int32")}
     if drafter.draws:
         wanted["probs"] = ((batch, size, model.config.vocab_size), "float32")
+    if draft.kind is not None:
+        wanted["kind"] = ((batch,), "int32")
     for field, (shape, dtype) in wanted.items():
         part = getattr(draft, field)
         if getattr(part, "shape", None) != shape or str(part.dtype) != dtype:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, LastToken, drafter, ids
 from jaxinfer.config import LayerConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
-from jaxinfer.sampling import SamplingParams
+from jaxinfer.sampling import History, SamplingParams, greedy_rows
 from jaxinfer.speculative.drafter import Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.pace import new_pace
 from jaxinfer.speculative.vocab import map_vocabularies
 from jaxinfer.testing import tiny_llm, tiny_tokenizer
 
@@ -190,10 +193,12 @@ class Wrong(LastToken, kw_only=True):
             draft = draft._replace(num=draft.num.astype(jnp.float32))
         if self.fault == "probs":
             draft = draft._replace(probs=jnp.zeros((1,)))
+        if self.fault == "kind":
+            draft = draft._replace(kind=jnp.zeros((), jnp.int32))
         return draft, state[:, None] if self.fault == "state" else state
 
 
-@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "state"])
+@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "kind", "state"])
 def test_a_drafter_with_wrong_shapes_is_refused(llm, fault):
     with pytest.raises(InvalidArgument, match=r"Wrong\.propose") as refused:
         llm.generate("abc", GREEDY, drafter=Wrong(fault=fault))
@@ -243,3 +248,62 @@ def test_what_is_no_token_is_never_said(llm, verifier, none):
     assert len(out.token_ids) == 12
     assert all(0 <= i < 64 for i in out.token_ids)
     assert 0 < out.stats.drafted <= out.stats.rounds  # one a round
+
+
+def test_ngrams_say_how_long_their_match_is():
+    """The match of two tokens is the latest, but one of four is longer; a period goes on."""
+    texts = [[1, 2, 3, 4, 5, 9, 3, 4, 8, 1, 2, 3, 4], [7, 5, 7], [1, 2, 3], [6, 6, 6, 6, 6, 6]]
+    tokens = np.zeros((4, 16), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    lengths = jnp.asarray([len(text) for text in texts], jnp.int32)
+    context = History(jnp.asarray(tokens), lengths, lengths)
+    rows, want = greedy_rows(4, 64), jnp.full((4,), 3, jnp.int32)
+    for options, num in (
+        ({}, [3, 3, 0, 3]),
+        ({"num_draft": 3}, [3, 0, 0, 3]),
+        ({"num_draft": 3, "min_ngram": 1}, [3, 3, 0, 3]),
+        ({"min_ngram": 4}, [3, 0, 0, 3]),
+    ):
+        draft, _ = NGramDrafter(**options).propose((), context, rows, want, None)
+        assert draft.num.tolist() == num
+        assert draft.kind[jnp.asarray([0, 1, 3])].tolist() == [3, 0, 3]
+        offered = draft.tokens[:, :3].tolist()
+        assert [offered[i] for i in (0, 1, 3)] == [[5, 9, 3], [5, 7, 5], [6, 6, 6]]
+
+
+def test_a_kind_that_fails_is_offered_less_and_the_others_as_before():
+    pace = new_pace(1, (0.5, 0.9), jnp.asarray([1.0, 1.1, 1.2, 1.3]), jnp.zeros(4))
+    done = jnp.asarray([False])
+
+    def ints(n):
+        return jnp.asarray([n], jnp.int32)
+
+    def lengths(pace):
+        return [int(pace.after(ints(3), ints(kind), done)) for kind in (0, 1)]
+
+    assert lengths(pace) == [2, 3]
+    bad = pace
+    for _ in range(10):
+        bad = bad.update(ints(0), ints(1), ints(0))
+    assert lengths(bad) == [0, 3]
+    again = bad
+    for _ in range(30):  # nothing was judged: what was seen is forgotten
+        again = again.update(ints(0), ints(0), ints(1))
+    assert lengths(again) == [2, 3]
+    assert int(bad.before(ints(3), done)) == 3  # asking is free here
+    dear = dataclasses.replace(bad, draft_seconds=jnp.asarray([0.0, 0.2, 0.4, 0.6]))
+    assert int(dear.before(ints(3), done)) == 0
+
+
+def test_a_fallback_keeps_the_kinds_of_both_apart(llm):
+    found = llm.speculation(FallbackDrafter(first="ngram", second=tiny_llm(seed=4)), 2).drafter
+    assert found.kinds == (*NGramDrafter().kinds, 2 / 3)
+    tokens = jnp.asarray([[1, 2, 1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0, 0, 0]], jnp.int32)
+    lengths = jnp.full((2,), 4, jnp.int32)
+    context, rows = History(tokens, lengths, lengths), greedy_rows(2, llm.model.vocab_limit)
+    state = found.observe(found.init(2, 8), context, lengths - 1, None)
+    keys = jax.random.split(jax.random.key(0), (2, 2))
+    draft, _ = found.propose(state, context, rows, jnp.full((2,), 2, jnp.int32), keys)
+    assert draft.num.tolist() == [2, 2]
+    assert draft.kind.tolist() == [1, 4]

@@ -24,6 +24,7 @@ class Draft(NamedTuple):
     tokens: jax.Array  # [B,M] i32
     num: jax.Array  # [B] i32 in 0..M, how many are offered; the others are ignored
     probs: jax.Array | None = None  # [B,M,V] f32, what each was drawn from; None: point masses
+    kind: jax.Array | None = None  # [B] i32, which of the drafter's `kinds`; None: the first
 
 
 class Drafter(struct.PyTreeNode, kw_only=True):
@@ -45,6 +46,12 @@ class Drafter(struct.PyTreeNode, kw_only=True):
     def draws(self) -> bool:
         """Whether a draft carries `probs`, the distributions it was drawn from."""
         return False
+
+    @property
+    def kinds(self) -> tuple[float, ...]:
+        """Kinds of drafts that deserve more or less trust: of each, how likely a token is kept as
+        long as none was judged. num_draft="auto" keeps count of each by itself."""
+        return (2 / 3,)
 
     def init(self, batch: int, capacity: int) -> Any:
         """State for so many rows of at most `capacity` tokens: a pytree, handed on and donated."""
@@ -78,8 +85,9 @@ class Drafter(struct.PyTreeNode, kw_only=True):
           want: [B] i32 in 0..M, offer no more than this.
           keys: [B,M] random keys, one a token, for drafters that draw (`choose` takes them).
 
-        How many are offered may depend on all that came before, never on the guesses themselves:
-        a drafter that stops where it was unsure of what it drew would bias rejection and block.
+        How many are offered, and of which kind, may depend on all that came before, never on the
+        guesses themselves: a drafter that stops where it was unsure of what it drew would bias
+        rejection and block.
 
         Returns:
           The draft, and the state.

@@ -25,6 +25,11 @@ class FallbackDrafter(Drafter, kw_only=True):
         """Whether either does; the other's drafts are then point masses in the same array."""
         return self.first.draws or self.second.draws
 
+    @property
+    def kinds(self) -> tuple[float, ...]:
+        """Those of the first, then those of the second."""
+        return (*self.first.kinds, *self.second.kinds)
+
     def _parts(self) -> tuple[Drafter, Drafter]:
         return tuple(d.replace(num_draft=self.num_draft) for d in (self.first, self.second))
 
@@ -51,7 +56,9 @@ class FallbackDrafter(Drafter, kw_only=True):
         probs = None
         if self.draws:
             probs = _where(has, a, b)
-        return Draft(tokens, jnp.where(has, a.num, b.num), probs), (one, two)
+        kinds = [jnp.zeros_like(want) if d.kind is None else d.kind for d in (a, b)]
+        kind = jnp.where(has, kinds[0], len(first.kinds) + kinds[1])
+        return Draft(tokens, jnp.where(has, a.num, b.num), probs, kind), (one, two)
 
 
 def _where(has: jax.Array, a: Draft, b: Draft) -> jax.Array:

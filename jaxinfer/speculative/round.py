@@ -132,8 +132,11 @@ def _round(
         num=jnp.clip(jnp.minimum(draft.num, whole), 0, want),
         probs=None if plan.verifier == "exact" else draft.probs,  # it does not look at them
     )
+    kind = jnp.zeros_like(want) if draft.kind is None else draft.kind
+    kind = jnp.clip(kind, 0, len(drafter.kinds) - 1)
     if drafter.num_draft == "auto":
-        draft = draft._replace(num=jnp.minimum(draft.num, pace.after(draft.num, state.done)))
+        most = pace.after(draft.num, kind, state.done)
+        draft = draft._replace(num=jnp.minimum(draft.num, most))
 
     longest = jnp.max(draft.num, initial=0) + 1
     which = jnp.searchsorted(jnp.asarray(plan.widths), longest)
@@ -153,7 +156,7 @@ def _round(
     after = Run(
         state=state,
         drafter=drafter.observe(own, state.history, num_new, hidden),
-        pace=pace.update(num_accepted, judged),
+        pace=pace.update(num_accepted, judged, kind),
         counts=counts,
     )
     return pin(after, state.cache.kernels.layout)
