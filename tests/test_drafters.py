@@ -273,7 +273,7 @@ def test_ngrams_say_how_long_their_match_is():
 
 
 def test_a_kind_that_fails_is_offered_less_and_the_others_as_before():
-    pace = new_pace(1, (0.5, 0.9), jnp.asarray([1.0, 1.1, 1.2, 1.3]), jnp.zeros(4))
+    pace = new_pace(1, (0.5, 0.9), jnp.asarray([1.0, 1.2, 1.35, 1.55]), jnp.zeros(4))
     done = jnp.asarray([False])
 
     def ints(n):
