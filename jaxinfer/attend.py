@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.sharding import ONE_DEVICE, Layout
 from pallas_kernels import Impl, attention, cache_update, cached_attention
-from pallas_kernels.digits import MAX_SUM
 
 Store = Literal["int8", "fp8"]
 STORED: dict[Store | None, Any] = {None: None, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -116,17 +115,16 @@ def _attend(
     if not beside:
         cache, new = cache_update(cache, stored, start, num_new, impl=writer), (None, None)
     keys, values, *scales = cache
-    few = beside or q.shape[1] <= FEW
+    few = q.shape[1] <= FEW
     options = options | {"num_new": num_new, "impl": impl}
     # The kernel of GPUs takes but few queries over int8.
     if scales and few and store == "int8" and impl != "pallas_gpu":
-        whole = kernels.whole and keys.shape[2] <= MAX_SUM
-        options |= {"k_scale": scales[0], "v_scale": scales[1], "whole": whole}
+        options |= {"k_scale": scales[0], "v_scale": scales[1], "whole": kernels.whole}
     elif scales:  # the kernels multiply by scales of int8 alone, and only for few tokens
         keys, values = (
             _widen(x, by, q.dtype) for x, by in zip((keys, values), scales, strict=True)
         )
-    if few:
+    if few or beside:
         y = cached_attention(q, *new, keys, values, start, **options)
     else:
         y = attention(q, keys, values, start, **options)
@@ -141,7 +139,7 @@ def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=-1)
     scale = most / LARGEST[store]
-    scale = jnp.where(scale > 0, scale, 1)
+    scale = jnp.where(scale == 0, 1, scale)
     x = x / scale[..., None]
     return (jnp.round(x) if store == "int8" else x).astype(STORED[store]), scale
 

@@ -167,6 +167,8 @@ def check_drafter(
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (batch, size)))
     state = jax.eval_shape(lambda: drafter.init(batch, capacity))
     name = type(drafter).__name__
+    if not drafter.kinds or not all(0 < share <= 1 for share in drafter.kinds):
+        raise InvalidArgument(f"{name}.kinds={drafter.kinds}: shares between 0 and 1, one or more")
     got: Any = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)
     if type(got) is not tuple or len(got) != 2 or not isinstance(got[0], Draft):
         raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {got!r:.80}")

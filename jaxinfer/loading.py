@@ -60,7 +60,7 @@ def load(
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
       calibration: a list of texts whose activations say how to round, by GPTQ, and for w8a8 how
         to even them out first, by SmoothQuant; None: to nearest, as fp8 always is. Takes seconds a
-        layer, and the memory of the model as it is.
+        layer, and the memory of the model as it is, twice for w8a8.
       kernels: attention by "xla", "pallas_tpu" or "pallas_gpu"; "auto": Pallas on a TPU where it
         covers the model, else XLA.
       cache_dtype: None, as dtype; "int8" or "fp8": keys and values in eight bits, with a scale a

@@ -134,7 +134,7 @@ def find_scale(x: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array | Non
 
 
 def _positive(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale > 0, scale, 1)  # of a group of zeros
+    return jnp.where(scale == 0, 1, scale)  # of a group of zeros
 
 
 def encode(x: jax.Array, scale: jax.Array, offset: jax.Array | None, scheme: Scheme) -> jax.Array:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-MAX_SUM = 131_072  # products of two int8 numbers that are sure to fit int32 together
-
 
 def split(x: jax.Array, axes: int | tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x f32 as (a + b / 254) * unit, with a and b int8 and one unit, kept, for all along `axes`.

@@ -193,7 +193,7 @@ def test_int8_cache_by_whole_numbers(slots, beside):
 
     got = run(*held[:2], k_scale=held[2], v_scale=held[3])
     expected = want(q, *dense, start, num_new, scale=0.1)
-    assert 1e-8 < oracle.relative_error(got, expected) <= 1e-4
+    assert 1e-6 < oracle.relative_error(got, expected) <= 1e-4  # widened it is 1e-7
     if not beside and slots % 128 == 0:
         page, count = 64, slots // 64
         pages = [np.asarray(y).reshape(4, count, page, *y.shape[3:]) for y in held]

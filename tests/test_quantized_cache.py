@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxinfer
-from jaxinfer.attend import FEW, Kernels, _store, attend
+from jaxinfer.attend import FEW, Kernels, _store, _widen, attend
+from jaxinfer.bench import quality
+from jaxinfer.bench.prompts import own_text
 from jaxinfer.cache import cache_bytes, init_cache
 from jaxinfer.config import LayerConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
+from jaxinfer.model import forward, head
 from jaxinfer.testing import tiny_config, tiny_llm
 
 LAYERS = (LayerConfig(window=5), LayerConfig())
@@ -99,6 +103,37 @@ def test_drafts_change_nothing_and_a_cache_grows(store):
     assert [o.token_ids for o in grown] == [o.token_ids for o in plain]
 
 
+def test_what_is_no_number_stays_none():
+    codes, scale = _store(jnp.ones((1, 2, 1, 4)).at[0, 0, 0, 1].set(jnp.nan), "int8")
+    assert np.isnan(scale[0, 0]).all()
+    assert np.isfinite(scale[0, 1]).all()
+    assert np.isnan(_widen(codes, scale, jnp.float32)[0, 0]).all()
+
+
 def test_another_dtype_is_refused():
     with pytest.raises(InvalidArgument, match="cache_dtype='int4': None, int8 or fp8"):
         jaxinfer.load("no-such-model", cache_dtype="int4")
+
+
+def test_a_real_model_over_a_cache_in_int8():
+    """SmolLM2 reads a text eight tokens at a time, all that came before from its cache."""
+    llm = jaxinfer.load()
+    rows = quality.stretches(llm, own_text(), 512)
+
+    @jax.jit
+    def step(cache, tokens):
+        num_new = jnp.full((len(tokens),), tokens.shape[1])
+        hidden, cache = forward(llm.params, tokens, num_new, cache, config=llm.config)
+        return cache, jax.nn.log_softmax(head(llm.params, hidden, config=llm.config))
+
+    def read(store):
+        cache = with_cache(llm, store).model.new_cache(*rows.shape)
+        assert cache.kernels.whole
+        for a in range(0, rows.shape[1], 8):
+            cache, logp = step(cache, rows[:, a : a + 8])
+            yield logp
+
+    found = [
+        jnp.sum(jnp.exp(p) * (p - q), -1) for p, q in zip(read(None), read("int8"), strict=True)
+    ]
+    assert 1e-5 < float(jnp.mean(jnp.stack(found))) <= 1e-3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,10 +79,9 @@ def test_the_function_stays_and_rounding_costs_less(fields):
     llm = uneven(tiny_llm(seed=3, **fields))
     even = smoothed(llm, "w8a8")
     rows = tokens(llm, 2)
-    assert kl(llm, even, rows) < 1e-6
-    np.testing.assert_allclose(
-        even.forward(rows.tolist()).logits, llm.forward(rows.tolist()).logits, atol=2e-4
-    )
+    assert any(flatten(even.params)[p] is not x for p, x in flatten(llm.params).items())
+    logits = [np.asarray(m.forward(rows.tolist()).logits) for m in (even, llm)]
+    np.testing.assert_array_equal(*logits)
     recipe = make_recipe("embed|head|attn/out=none,w8a8", "cpu")
     before, after = (
         kl(llm, with_params(m, keep_params(m.params, m.config, F32, ONE_DEVICE, recipe)), rows)
@@ -92,12 +90,14 @@ def test_the_function_stays_and_rounding_costs_less(fields):
     assert 0 < after < before / 3
 
 
-def test_a_channel_of_zeros_takes_no_part():
+def test_a_channel_that_the_text_leaves_silent_is_not_let_loose():
+    """It may speak in another text: it grows less than tenfold against the others."""
     llm = tiny_llm(seed=3)
     llm.params["layer_0"]["mlp_norm"]["scale"] = jnp.ones(16).at[2].set(0.0)
-    got = smoothed(llm, "w8a8")
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got.params))
-    assert kl(llm, got, tokens(llm, 2)) < 1e-6
+    got = smoothed(llm, "w8a8").params["layer_0"]["mlp"]
+    grown = np.asarray(got["gate"]["kernel"] / llm.params["layer_0"]["mlp"]["gate"]["kernel"])[:, 0]
+    assert np.isfinite(grown).all()
+    assert np.median(grown) / 10 < grown[2] < np.median(grown)
 
 
 @pytest.mark.parametrize(
@@ -115,17 +115,17 @@ def test_what_shares_its_inputs_is_smoothed_together_or_not_at_all(recipe, chang
     assert moved == {f"layer_{i}/{path}" for i in range(2) for path in changed}
 
 
-def test_a_real_model_with_activations_in_eight_bits():
+def test_a_real_model_loaded_by_a_text(monkeypatch):
     """SmolLM2 rounded to nearest, its texts' distributions before and after: half or less."""
-    llm = load()
-    config = llm.config
-    recipe = make_recipe("embed=int8,w8a8", "cpu")
-    text = layerwise.stretches(llm.tokenizer, [own_text(1)], llm.max_len)[:4]
-    even = smooth_model(llm.params, config, schemes_of(config, recipe), text)
+
+    def to_nearest(params, config, schemes, tokens, dtype):
+        return keep_params(params, config, dtype, ONE_DEVICE, make_recipe(recipe, "cpu"))
+
+    monkeypatch.setattr("jaxinfer.gptq.round_model", to_nearest)  # which takes a minute
+    llm, recipe = load(), "embed=int8,w8a8"
+    text = llm.tokenizer.decode(layerwise.stretches(llm.tokenizer, [own_text(1)], 256)[:4].ravel())
     rows = quality.stretches(llm, own_text(), 512)
-    assert kl(llm, with_params(llm, even), rows) < 1e-6
     before, after = (
-        kl(llm, with_params(llm, keep_params(p, config, F32, ONE_DEVICE, recipe)), rows)
-        for p in (llm.params, even)
+        kl(llm, load(quantize=recipe, calibration=texts), rows) for texts in (None, [text])
     )
     assert 0.001 < after < before / 2

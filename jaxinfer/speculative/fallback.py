@@ -31,7 +31,8 @@ class FallbackDrafter(Drafter, kw_only=True):
         return (*self.first.kinds, *self.second.kinds)
 
     def _parts(self) -> tuple[Drafter, Drafter]:
-        return tuple(d.replace(num_draft=self.num_draft) for d in (self.first, self.second))
+        # Of a fixed length: how much is offered is the pair's to choose, not theirs.
+        return tuple(d.replace(num_draft=self.max_draft) for d in (self.first, self.second))
 
     def init(self, batch: int, capacity: int) -> Any:
         """Both states."""

@@ -11,8 +11,8 @@ from jaxinfer.errors import InvalidArgument
 from jaxinfer.sampling import History, SamplingRows
 from jaxinfer.speculative.drafter import Draft, Drafter, static
 
-# How likely a token is kept behind a match of one, two, three, and four or more tokens: measured on
-# the answers of SmolLM2 to sixty prompts, rounded.
+# How likely a token is kept behind a match of one, two, three, and four or more tokens: a first
+# guess, after answers of SmolLM2 to sixty prompts (0.34, 0.68, 0.77, 0.90).
 KINDS = (0.3, 0.6, 0.75, 0.9)
 
 
@@ -21,8 +21,8 @@ class NGramDrafter(Drafter, kw_only=True):
 
     It looks for the latest earlier place in prompt and output where the last `max_ngram` tokens
     stand, else for fewer, down to `min_ngram`, and offers what followed there. Nothing where
-    nothing matches. min_ngram=None: a single token where num_draft="auto" learns what that is
-    worth, else two.
+    nothing matches. min_ngram=None: a single token where num_draft="auto" weighs what that
+    is worth, else two.
     """
 
     max_ngram: int = static(4)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 PRIOR_JUDGED = 3.0  # tokens that a drafter's word for itself counts as
-MEMORY = 0.9  # weight of the past after a round; a few dozen tokens are remembered
-FREE = 0.05  # of a plain round: a drafter that costs less is always asked
+MEMORY = 0.9  # weight of a kind's past after one more was judged; a few dozen tokens are remembered
+DRIFT = 0.99  # after a round that judged none of it
+FREE = 0.05  # of a plain round: where a draft costs less than that, as many are asked for as may be
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,8 @@ class Pace:
         yet. Where drafting costs next to nothing, `after` decides alone."""
         rate = _rate(self.accepted.sum(1), self.judged.sum(1), self.prior.mean())
         length = self._best(rate, possible, done, self.verify_seconds + self.draft_seconds)
-        free = self.draft_seconds[-1] <= FREE * self.verify_seconds[0]
+        more = self.draft_seconds[-1] - self.draft_seconds[0]  # to look at all is paid in any case
+        free = more <= FREE * self.verify_seconds[0]
         return jnp.where(free, jnp.max(possible), length)
 
     def after(self, offered: jax.Array, kind: jax.Array, done: jax.Array) -> jax.Array:
@@ -54,10 +56,12 @@ class Pace:
     def update(self, num_accepted: jax.Array, judged: jax.Array, kind: jax.Array) -> Pace:
         """After a round. A kind of which nothing was judged drifts back to what it began with."""
         one = jax.nn.one_hot(kind, self.prior.shape[0])  # [B,C]
+        seen = one * judged[:, None]
+        past = jnp.where(seen > 0, MEMORY, DRIFT)
         return dataclasses.replace(
             self,
-            accepted=MEMORY * self.accepted + num_accepted[:, None] * one,
-            judged=MEMORY * self.judged + judged[:, None] * one,
+            accepted=past * self.accepted + num_accepted[:, None] * one,
+            judged=past * self.judged + seen,
         )
 
 

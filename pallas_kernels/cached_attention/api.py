@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.cached_attention.reference import cached_attention_reference
 from pallas_kernels.chips import Blocks
-from pallas_kernels.digits import MAX_SUM
 from pallas_kernels.dispatch import Impl, UnsupportedError
 
 
@@ -46,7 +45,7 @@ def cached_attention(
     Args:
       q: [B,T,N,H] queries; query t of row b stands at position start[b] + t.
       k, v: [B,T,K,H] keys and values of the new tokens, or None where the cache holds them; K
-        divides N.
+        divides N. Beside an int8 cache: as it will hold them, rounded.
       k_cache, v_cache: [B,K,S,H] in the dtype of q, or int8 with scales. A pallas backend never
         looks at slots that hold nothing; "xla" demands that they are finite.
       start: [B] int32, tokens in front of the new ones.
@@ -62,8 +61,7 @@ def cached_attention(
         where ancestors[t,u], itself included, and stands at start + the number of its ancestors
         (of a window's kind too). None: a chain.
       whole: "xla" multiplies an int8 cache by whole numbers, queries and weights as two int8 digits
-        each (15 bits), and not by the dtype of q: on a CPU up to ten times as fast. S is at most
-        131,072 then, so that sums fit int32.
+        each (15 bits), instead of widening it to the dtype of q, which XLA:CPU does not fuse.
       impl: "xla" is the reference, "pallas_tpu" and "pallas_gpu" never give way to it, "auto" takes
         the platform's own where it covers the arguments.
       blocks: instead of the chip's entry in `pallas_kernels.chips`.
@@ -111,9 +109,8 @@ def cached_attention(
         raise UnsupportedError(f"a cache of int8 needs scales, one of {k_cache.dtype} has none")
     if k is not None and not (block_table is None and ancestors is None):
         raise UnsupportedError("k, v: with pages or a tree they must be in the cache")
-    reach = slots if block_table is None else slots * block_table.shape[1]
-    if whole and (k_scale is None or reach > MAX_SUM):
-        raise UnsupportedError(f"whole: an int8 cache with scales, of {MAX_SUM} slots at most")
+    if whole and k_scale is None:
+        raise UnsupportedError("whole: an int8 cache with scales")
     if window is not None and window < 1:
         raise UnsupportedError(f"window={window}: a query sees at least itself, so 1 or more")
     if ancestors is not None:

@@ -62,7 +62,8 @@ def cached_attention_reference(
         visible = _tree(ancestors, start, key, window)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
 
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights if whole else weights.astype(q.dtype)
     if k is None:  # a query behind num_new may see nothing at all
         weights = jnp.where(visible[:, None, None], weights, 0)
     held = weights[..., :slots]
