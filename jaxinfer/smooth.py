@@ -7,7 +7,8 @@ the up projection does: no step has more to do. Factors are powers of two, so th
 computes the very bits that it did. What comes out of attention is even enough as it is.
 
 A channel is as large as the root of its mean square. The paper takes its largest value instead: on
-SmolLM2 that left a mean KL of 0.012 where this leaves 0.009.
+SmolLM2, the head kept wider and factors not yet powers of two, that left a mean KL of 0.012 where
+this left 0.009.
 """
 
 from __future__ import annotations
