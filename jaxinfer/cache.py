@@ -123,10 +123,14 @@ def cache_bytes(
 ) -> int:
     """Bytes of keys and values of all layers, and of their scales."""
     shapes = cache_shapes(config, batch, capacity)
-    numbers = 2 * sum(math.prod(shape) for shape in shapes)
+    return stored_bytes(2 * sum(map(math.prod, shapes)), config.head_dim, dtype, store)
+
+
+def stored_bytes(numbers: int, head_dim: int, dtype: jnp.dtype, store: Store | None) -> int:
+    """Bytes of so many numbers of keys and values, and of a scale for each head of them."""
     if store is None:
         return numbers * jnp.dtype(dtype).itemsize
-    return numbers + numbers // config.head_dim * SCALE.itemsize
+    return numbers + numbers // head_dim * SCALE.itemsize
 
 
 def init_cache(

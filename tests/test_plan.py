@@ -27,13 +27,11 @@ GB = 10**9
     ("name", "preset"),
     [("smollm2-135m-instruct", "smollm2-135m"), ("gemma-3-270m", "gemma-3-270m")],
 )
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_bytes_are_those_of_a_real_load(name, preset, quantize):
-    llm = jaxinfer.load(name, dtype="bfloat16", quantize=quantize)
+@pytest.mark.parametrize("kept", [{}, {"quantize": "int8", "cache_dtype": "int8"}])
+def test_bytes_are_those_of_a_real_load(name, preset, kept):
+    llm = jaxinfer.load(name, dtype="bfloat16", **kept)
     held = llm.model.new_cache(4, 1024)
-    made = plan(
-        preset, "cpu", batch=4, context=1000, dtype="bfloat16", quantize=quantize, drafter="none"
-    )
+    made = plan(preset, "cpu", batch=4, context=1000, drafter="none", **kept)
     assert made.bytes_per_chip.weights == pytest.approx(llm.nbytes, rel=0.02)
     assert made.bytes_per_chip.cache == pytest.approx(held.nbytes, rel=0.02)
     assert made.fits
@@ -82,6 +80,19 @@ def test_int8_halves_and_chips_divide():
     assert cut.weights == pytest.approx(4 * one, rel=0.05)
 
 
+def test_a_cache_in_eight_bits_is_read_in_eight_bits():
+    """Each head of 128 numbers has a scale of four bytes."""
+    wide, small = (plan("llama-3-8b", "h100:1", cache_dtype=kind) for kind in (None, "int8"))
+    assert small.bytes_per_chip.cache * 2 * 128 == wide.bytes_per_chip.cache * (128 + 4)
+    saved = wide.bytes_per_chip.cache - small.bytes_per_chip.cache
+    assert wide.decode_bytes - small.decode_bytes == saved  # 8,192 tokens fill all of it
+    assert "the cache in int8" in report.text(small)
+    assert "the cache in" not in report.text(wide)
+    long = plan("llama-3-8b", "a100-40gb", batch=1, context=131072)
+    assert "a cache in int8" in long.verdict
+    assert plan("llama-3-8b", "a100-40gb", batch=1, context=131072, cache_dtype="int8").fits
+
+
 def test_what_does_not_fit_is_told_what_would():
     made = plan("llama-3-70b", "v5e:2x2", **SHAPES)
     assert not made.fits
@@ -108,6 +119,7 @@ def test_a_sweep_compares_and_says_which_is_the_smallest():
     ("change", "why"),
     [
         ({"topology": "v5e:3x3"}, "no such slice; there are v5e:1x1"),
+        ({"cache_dtype": "int4"}, "cache_dtype='int4': None, int8 or fp8"),
         ({"topology": "v5e:0x2"}, "no such slice"),
         ({"topology": "v9:2x2"}, "no such chip"),
         ({"topology": "h100:0"}, "h100:1 to h100:1024"),

@@ -103,7 +103,7 @@ def run(values: flags.FlagValues) -> None:
     names = [name for name in values.drafters if name != "none"]
     measured = speed.compare(
         llm,
-        {name: load_drafter(llm, name, values.num_draft) for name in names},
+        {name: load_drafter(llm, name, values.num_draft, values.quantize) for name in names},
         prompts,
         max_tokens=values.max_tokens,
         runs=values.runs,

@@ -83,8 +83,9 @@ def draft_length(text: str) -> Any:
     return text if text == "auto" else int(text)
 
 
-def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
-    """The drafter `name` for an LLM that is loaded already; `name` may be that of a model."""
+def load_drafter(llm: Any, name: str, num_draft: str, quantize: str | None) -> Any:
+    """The drafter `name` for an LLM that is loaded already; `name` may be that of a model, which is
+    then kept as the LLM is."""
     import jaxinfer
     from jaxinfer.drafters import is_name
 
@@ -92,7 +93,12 @@ def load_drafter(llm: Any, name: str, num_draft: str) -> Any:
         name
         if is_name(name)
         else jaxinfer.load(
-            name, dtype=llm.model.dtype, kernels=llm.model.impl, mesh=llm.model.layout.mesh
+            name,
+            dtype=llm.model.dtype,
+            quantize=quantize,
+            cache_dtype=llm.model.store,
+            kernels=llm.model.impl,
+            mesh=llm.model.layout.mesh,
         )
     )
     return llm.speculation(other, draft_length(num_draft)).drafter

@@ -35,6 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("context", 8192, "Tokens a row, prompt and answer.", **to)
     flags.DEFINE_string("quantize", None, "int8, int4 or another recipe; default: none.", **to)
     flags.DEFINE_string("dtype", "bfloat16", "float32, bfloat16 or float16.", **to)
+    flags.DEFINE_string("cache_dtype", None, "int8 or fp8: the cache too; default: as dtype.", **to)
     flags.DEFINE_string("drafter", "ngram", "none, ngram, or a second model by name.", **to)
     flags.DEFINE_integer("num_draft", 7, "Tokens it offers a round.", **to)
     flags.DEFINE_float("acceptance", 0.7, "Probability that one of them is kept.", **to)
@@ -62,7 +63,16 @@ def run(values: flags.FlagValues) -> int:
     options: dict[str, Any] = {
         name: values[name].value
         for name in (
-            *("batch", "context", "quantize", "dtype", "drafter", "num_draft", "acceptance"),
+            *(
+                "batch",
+                "context",
+                "quantize",
+                "dtype",
+                "cache_dtype",
+                "drafter",
+                "num_draft",
+                "acceptance",
+            ),
             *("data", "compile"),
         )
     }

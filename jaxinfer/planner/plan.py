@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
-from jaxinfer import cache, steps
-from jaxinfer.batch import Model, batch_rows
+from jaxinfer import steps
+from jaxinfer.attend import Store, check_store
+from jaxinfer.batch import Model
 from jaxinfer.checkpoint.describe import describe
-from jaxinfer.checkpoint.placement import bytes_a_device, nest, param_shapes, schemes_of
+from jaxinfer.checkpoint.placement import nest, param_shapes, schemes_of
 from jaxinfer.config import DTYPES, ModelConfig
 from jaxinfer.drafters import is_name
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.hardware import TOPOLOGIES
 from jaxinfer.planner.programs import DoesNotFit, Program, compile_all
-from jaxinfer.planner.target import Target, find_target, tpu_devices
-from jaxinfer.recipes import STORED, Recipe, make_recipe
-from jaxinfer.sharding import Layout, Rules, fit_config, make_layout, make_mesh, spread_note
+from jaxinfer.planner.sizes import Asked, count, weights_met
+from jaxinfer.planner.target import find_target, tpu_devices
+from jaxinfer.recipes import STORED, make_recipe
+from jaxinfer.sharding import Rules, fit_config, make_mesh, spread_note
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
@@ -58,6 +58,7 @@ class Plan:
     data: int  # chips along which the batch is cut; along the others heads and widths are
     dtype: str
     quantize: str | None
+    cache_dtype: str | None
     batch: int
     context: int
     drafter: str
@@ -85,6 +86,7 @@ def plan(
     context: int = 8192,
     quantize: str | None = None,
     dtype: str = "bfloat16",
+    cache_dtype: Store | None = None,
     drafter: str = "ngram",
     num_draft: int = 7,
     acceptance: float = 0.7,
@@ -103,7 +105,7 @@ def plan(
       topology: "v5e:4x4", "v6e:2x2", "v5p:2x2x1", "h100:8", "cpu", ...
       batch: rows.
       context: tokens a row, prompt and answer.
-      quantize, dtype, rules: as for `load`.
+      quantize, dtype, cache_dtype, rules: as for `load`.
       drafter: "none", "ngram", or a second model by name.
       num_draft: tokens that it offers a round.
       acceptance: probability that one is kept.
@@ -116,6 +118,7 @@ def plan(
       JaxinferError: libtpu is missing, or the model cannot be found.
     """
     _check(batch, context, dtype, num_draft, acceptance)
+    check_store(cache_dtype)
     target = find_target(topology)
     make_recipe(quantize, target.chip.kind)
     if quantize == STORED:
@@ -127,7 +130,7 @@ def plan(
     if drafter not in ("none", "ngram") and is_name(drafter):
         raise InvalidArgument(f"drafter={drafter!r:.40}: planned are none, ngram and second models")
     small = None if drafter in ("none", "ngram") else describe(drafter, cache=cache_dir)
-    asked = _Asked(
+    asked = Asked(
         model=known.family if isinstance(model, ModelConfig) else str(model),
         config=known,
         small=small,
@@ -136,6 +139,7 @@ def plan(
         context=context,
         quantize=quantize,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         drafter=drafter,
         num_draft=0 if drafter == "none" else num_draft,
         acceptance=acceptance,
@@ -182,37 +186,6 @@ def _first_that_divides(
                 raise
 
 
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The arguments of `plan`, checked."""
-
-    model: str
-    config: ModelConfig
-    small: ModelConfig | None  # the drafter's
-    target: Target
-    batch: int
-    context: int
-    quantize: str | None
-    dtype: str
-    drafter: str
-    num_draft: int
-    acceptance: float
-    data: int
-    rules: Rules | None
-
-    @property
-    def recipe(self) -> Recipe | None:
-        return make_recipe(self.quantize, self.target.chip.kind)
-
-    def layout(self, mesh: Any) -> Layout:
-        return make_layout(mesh, self.rules)
-
-    def shape(self) -> Layout:
-        """A layout to count with, of no devices."""
-        sides = self.data, self.target.devices // self.data
-        return self.layout(AbstractMesh(sides, ("data", "model"), axis_types=(AxisType.Auto,) * 2))
-
-
 def _check(batch: int, context: int, dtype: str, num_draft: int, acceptance: float) -> None:
     for name, value, most in (("batch", batch, 1 << 16), ("context", context, 1 << 24)):
         if not 1 <= value <= most:
@@ -225,45 +198,8 @@ def _check(batch: int, context: int, dtype: str, num_draft: int, acceptance: flo
         raise InvalidArgument(f"acceptance={acceptance}: must be 0 to 1")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """Bytes of a device, from shapes."""
-
-    weights: int
-    cache: int
-    read: int  # in a step, without the logits
-    logits: int  # of one token a row
-    draft: int  # read for one drafted token
-
-
-def _sizes(asked: _Asked) -> _Sizes:
-    layout, dtype = asked.shape(), jnp.dtype(asked.dtype)
-    rows = batch_rows(asked.batch, layout) // layout.parts("B")
-
-    def of(config: ModelConfig) -> tuple[int, int, int]:
-        """Weights, what a step reads of them and of the cache, and the cache."""
-        fitted = fit_config(config, layout)
-        shapes = param_shapes(fitted, dtype, layout, schemes_of(fitted, asked.recipe))
-        held = bytes_a_device(shapes)
-        # A table that is not the head as well is looked up, not read.
-        table = 0 if config.tied else bytes_a_device(shapes["embed/table"])
-        cells = cache.cache_bytes(fitted, rows, steps.capacity_for(asked.context), dtype)
-        # A kernel reads what is there: not the slots that wait, nor what a window has left behind.
-        live = sum(min(asked.context, layer.window or asked.context) for layer in fitted.layers)
-        live *= -(-asked.batch // layout.parts("B")) * fitted.num_kv_heads * fitted.head_dim
-        read = held - table + 2 * live * dtype.itemsize // layout.parts("K")
-        return held, read, cells // layout.parts("K")
-
-    weights, read, cells = of(asked.config)
-    draft = draft_cells = draft_read = 0
-    if asked.small is not None:
-        draft, draft_read, draft_cells = of(asked.small)
-    logits = 4 * rows * asked.config.vocab_size // layout.parts("V")
-    return _Sizes(weights + draft, cells + draft_cells, read, logits, draft_read)
-
-
-def _plan(asked: _Asked, compile: bool) -> Plan:
-    target, sizes = asked.target, _sizes(asked)
+def _plan(asked: Asked, compile: bool) -> Plan:
+    target, sizes = asked.target, count(asked)
     chip, each = target.chip, target.chip.devices
     limit = int(target.limit)
     programs: list[Program] = []
@@ -295,7 +231,7 @@ def _plan(asked: _Asked, compile: bool) -> Plan:
 
     def step(bytes_read: int, tokens: int) -> tuple[float, str]:
         """Seconds of a forward, and what it waits for."""
-        flops = 2 * _weights(asked) * tokens * asked.batch / asked.shape().parts("B")
+        flops = 2 * weights_met(asked) * tokens * asked.batch / asked.shape().parts("B")
         times = {
             "memory": bytes_read / (chip.bandwidth / each),
             "arithmetic": flops / (chip.flops / each),
@@ -318,6 +254,7 @@ def _plan(asked: _Asked, compile: bool) -> Plan:
         data=asked.data,
         dtype=asked.dtype,
         quantize=asked.quantize,
+        cache_dtype=asked.cache_dtype,
         batch=asked.batch,
         context=asked.context,
         drafter=asked.drafter,
@@ -338,16 +275,7 @@ def _plan(asked: _Asked, compile: bool) -> Plan:
     )
 
 
-def _weights(asked: _Asked) -> int:
-    """Weights of a device that a token meets."""
-    layout = asked.shape()
-    shapes = param_shapes(fit_config(asked.config, layout), jnp.dtype(jnp.int8), layout)
-    if not asked.config.tied:
-        del shapes["embed/table"]  # looked up
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(shapes))
-
-
-def _compile(asked: _Asked, notes: list[str]) -> list[Program]:
+def _compile(asked: Asked, notes: list[str]) -> list[Program]:
     devices = tpu_devices(asked.target)
     layout = asked.layout(
         make_mesh(model=len(devices) // asked.data, data=asked.data, devices=devices)
@@ -357,7 +285,9 @@ def _compile(asked: _Asked, notes: list[str]) -> list[Program]:
     def model(config: ModelConfig) -> Model:
         fitted = fit_config(config, layout)
         params = nest(param_shapes(fitted, dtype, layout, schemes_of(fitted, asked.recipe)))
-        made = Model(params, fitted, dtype, layout, config.vocab_size, "pallas_tpu")
+        made = Model(
+            params, fitted, dtype, layout, config.vocab_size, "pallas_tpu", asked.cache_dtype
+        )
         try:
             made.check_kernels()
         except InvalidArgument as error:  # as load(kernels="auto") does
@@ -385,7 +315,7 @@ def _compile(asked: _Asked, notes: list[str]) -> list[Program]:
     return compile_all(target, Speculation(drafter), batch=rows, capacity=capacity)
 
 
-def _verdict(asked: _Asked, fits: bool, compiled: bool, total: int, limit: int, why: str) -> str:
+def _verdict(asked: Asked, fits: bool, compiled: bool, total: int, limit: int, why: str) -> str:
     share = f"{total / 1e9:.2f} of {limit / 1e9:.2f} GB a chip"
     if fits:
         return f"fits: {share}" if compiled else f"fits, by shapes: {share}, without temporaries"
@@ -395,20 +325,22 @@ def _verdict(asked: _Asked, fits: bool, compiled: bool, total: int, limit: int, 
     )
 
 
-def _room(asked: _Asked) -> bool:
+def _room(asked: Asked) -> bool:
     """Whether a plan fits by shapes, with a tenth of the memory left for temporaries."""
     try:
-        sizes = _sizes(asked)
+        sizes = count(asked)
     except InvalidArgument:
         return False
     return sizes.weights + sizes.cache <= 0.9 * asked.target.limit
 
 
-def _instead(asked: _Asked) -> list[tuple[str, _Asked]]:
+def _instead(asked: Asked) -> list[tuple[str, Asked]]:
     """Small changes, the smallest of each kind that fits first."""
     changes = []
     if asked.quantize is None:
         changes.append(("int8 weights", dataclasses.replace(asked, quantize="int8")))
+    if asked.cache_dtype is None:
+        changes.append(("a cache in int8", dataclasses.replace(asked, cache_dtype="int8")))
     for name in ("context", "batch"):
         value = getattr(asked, name) // 2
         while value >= 1 and not _room(dataclasses.replace(asked, **{name: value})):

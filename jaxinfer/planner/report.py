@@ -14,12 +14,11 @@ from jaxinfer.planner.plan import Plan
 def text(plan: Plan) -> str:
     """Everything that a plan says."""
     held = plan.bytes_per_chip
-    kind = plan.quantize or plan.dtype
     chips = f"{plan.chips} chip{'s' * (plan.chips > 1)}"
     if plan.data > 1:
         chips += f", batch over {plan.data}"
     lines = [
-        f"{plan.model} in {kind} on {plan.topology} ({chips}):"
+        f"{plan.model} in {_kind(plan)} on {plan.topology} ({chips}):"
         f" {plan.batch} rows of {plan.context:,} tokens",
         plan.verdict,
         *plan.notes,
@@ -65,7 +64,7 @@ def table(plans: Sequence[Plan]) -> str:
     """A line a plan."""
     wide = max(len(p.topology) for p in plans) + 2
     lines = [
-        f"{plans[0].model} in {plans[0].quantize or plans[0].dtype}: {plans[0].batch} rows of"
+        f"{plans[0].model} in {_kind(plans[0])}: {plans[0].batch} rows of"
         f" {plans[0].context:,} tokens; bytes a chip, tokens/s at best",
         "",
         f"{'':<{wide}}{'chips':>7}{'fits':>6}{'GB':>9}{'of':>9}{'plain':>10}{'drafts':>10}   ",
@@ -114,13 +113,20 @@ def draw(plans: Sequence[Plan], file: str | Path) -> Any:
     speed.set(xlabel="tokens/s at best (none where it does not fit)")
     speed.legend(fontsize="small")
     first = plans[0]
-    kind = first.quantize or first.dtype
-    figure.suptitle(f"{first.model}, {kind}, {first.batch} rows of {first.context:,} tokens")
+    figure.suptitle(
+        f"{first.model}, {_kind(first)}, {first.batch} rows of {first.context:,} tokens"
+    )
     try:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"--plot={file}: {error}") from error
     return figure
+
+
+def _kind(plan: Plan) -> str:
+    """What weights are kept in, and the cache where that is something else."""
+    store = f", the cache in {plan.cache_dtype}," if plan.cache_dtype else ""
+    return f"{plan.quantize or plan.dtype}{store}"
 
 
 def _gb(size: int | None) -> str:
