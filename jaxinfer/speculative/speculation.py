@@ -59,6 +59,7 @@ class Speculation:
         if self.exact:
             whole = -(-size // CANONICAL) * CANONICAL
             return Plan(verifier, (whole,), CANONICAL)
-        middle = (4,) if self.drafter.num_draft == "auto" else ()
+        # A draft of a single token is the one that a short match pays for.
+        middle = (2, 4) if self.drafter.num_draft == "auto" else ()
         widths = {narrow, *(w for w in middle if narrow < w < size), max(size, narrow)}
         return Plan(verifier, tuple(sorted(widths)))
