@@ -149,7 +149,7 @@ def test_a_row_does_not_depend_on_its_neighbours(llm):
 def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):
     texts = []
     for dear in (1.0, 1.5, 100.0):
-        costs = Costs((1.0, dear, dear), (0.0, 0.1))
+        costs = Costs((1.0, dear, dear, dear), (0.0, 0.1))
         monkeypatch.setattr("jaxinfer.generate.measure", lambda *_, costs=costs: costs)
         again = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
         out = again.generate("abcabc", WARM, drafter=drafter("other", llm, "auto"))
