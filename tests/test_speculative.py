@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, drafter, ids
 
-from jaxinfer import steps
+from jaxinfer import cache, steps
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
@@ -42,6 +42,21 @@ def test_exact_mode_in_bfloat16():
     want = llm.generate(PROMPTS, WARM, exact=True, logprobs=1)
     got = llm.generate(PROMPTS, WARM, exact=True, drafter=drafter("other", llm, 5), logprobs=1)
     assert [o.logprobs for o in got] == [o.logprobs for o in want]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_draft", [1, 3, 5, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_mode_over_all_of_them(name, num_draft, dtype):
+    """Every drafter, length and dtype, greedy and sampled, a row alone and a ragged batch."""
+    llm = tiny_llm(dtype=dtype)
+    found = drafter(name, llm, num_draft)
+    for params in (GREEDY, WARM):
+        for prompts in (PROMPTS[:1], PROMPTS):
+            want = llm.generate(prompts, params, exact=True, logprobs=1)
+            got = llm.generate(prompts, params, exact=True, drafter=found, logprobs=1)
+            assert [o.logprobs for o in got] == [o.logprobs for o in want]
 
 
 def test_end_tokens_inside_an_accepted_block(llm):
@@ -158,18 +173,21 @@ def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):
     assert texts[0][1] > texts[2][1] == 0
 
 
-def test_a_ring_that_goes_round_under_speculation():
-    """Window layers have 6 + 512 slots here, and the text 640 tokens."""
+def test_a_ring_that_goes_round_under_speculation(monkeypatch):
+    """Window layers of 6 + 12 slots, nine times over, against layers with room for all."""
     rope = Rope(theta=10000.0, dim=8)
     layers = (LayerConfig(window=6, rope=rope), LayerConfig(rope=rope))
-    llm = tiny_llm(layers=layers, max_len=2048)
+    llm = tiny_llm(layers=layers)
     params = SamplingParams(max_tokens=160, ignore_eos=True, temperature=0.5, seed=2)
-    want = llm.generate("abcabc" * 80, params)
+    want = llm.generate("abcabc", params)
     assert len(set(want.token_ids)) > 10
     often_wrong, right = NGramDrafter(min_ngram=1, num_draft=5), llm.speculation(llm, 4).drafter
+    monkeypatch.setattr(cache, "MAX_BLOCK", 12)
+    monkeypatch.setattr(cache, "TILE", 1)
+    assert llm.model.empty_cache(1, 256).layers[0].k.shape[2] == 18
     stats = []
     for found in (often_wrong, right):
-        got = llm.generate("abcabc" * 80, params, drafter=found, verifier="exact")
+        got = llm.generate("abcabc", params, drafter=found, verifier="exact")
         assert got.token_ids == want.token_ids
         stats.append(got.stats)
     assert stats[0].drafted > 3 * stats[0].accepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,16 @@ from jaxinfer.sampling import (
 )
 from jaxinfer.speculative import verify as verify_rules
 from jaxinfer.speculative.drafter import Draft
-from jaxinfer.speculative.verify import VERIFIERS, Accepted, block_keep, exact, residual
+from jaxinfer.speculative.verify import (
+    VERIFIERS,
+    Accepted,
+    block_keep,
+    exact,
+    leading_run,
+    longest_prefix,
+    rejection_keep,
+    residual,
+)
 
 CASES = [(vocab, size) for vocab in (2, 3, 4) for size in (1, 2, 3)]
 
@@ -37,37 +47,53 @@ def tree(rng, vocab, depth, sharp):
     return out
 
 
-def laws(rule, p, q, drafts):
-    """For each draft: probability [n,M+1] to keep just so many, and what follows [n,M+1,V]."""
+JUDGES = {"rejection": (rejection_keep, leading_run), "block": (block_keep, longest_prefix)}
+
+
+def rounds(rule, p, q, drafts):
+    """What a round may do, for every outcome of the chances that the rule takes: (its probability
+    [n] for each draft, how many are kept [n], the law [n,V] of the token behind them)."""
     n, size = drafts.shape
     num = jnp.full((n,), size)
-    if rule == "exact":  # a sample y_i from p_i: kept while it is the draft, else it follows itself
-        kept = np.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
-        reach = np.cumprod(np.concatenate([np.ones((n, 1)), kept], axis=1), axis=1)
-        others = np.array(p)
-        for i in range(size):
-            others[np.arange(n), i, drafts[:, i]] = 0
-        return reach, others
-    if rule == "block":
-        keep, ratio = map(np.asarray, block_keep(jnp.array(p), jnp.array(q), drafts, num))
-        stop = np.concatenate([np.ones((n, 1)), keep], axis=1)  # the largest i that passes
-        beyond = np.cumprod(np.concatenate([np.ones((n, 1)), 1 - keep[:, ::-1]], axis=1), axis=1)
-        reach = stop * beyond[:, ::-1]
-    else:
-        px = np.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
-        qx = np.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
-        keep = np.minimum(1, px / np.where(qx > 0, qx, 1))
-        ratio = np.ones((n, size + 1))
-        run = np.cumprod(np.concatenate([np.ones((n, 1)), keep], axis=1), axis=1)
-        reach = run * np.concatenate([1 - keep, np.ones((n, 1))], axis=1)
-    follows = [
-        np.asarray(residual(jnp.array(p), jnp.array(q), jnp.array(ratio), jnp.full((n,), i), num))
-        for i in range(size + 1)
-    ]
-    return reach, np.stack(follows, axis=1)
+    if rule == "exact":  # the chances are the samples y_i from p_i
+        samples = np.array(list(itertools.product(range(p.shape[-1]), repeat=size + 1)))
+        tokens, kept = with_samples(
+            np.repeat(samples, n, axis=0), np.tile(drafts, (len(samples), 1))
+        )
+        behind = np.take_along_axis(tokens, kept[:, None], axis=1)
+        follows = np.eye(p.shape[-1])[behind[:, 0]].reshape(len(samples), n, -1)
+        for y, k, law in zip(samples, kept.reshape(len(samples), n), follows, strict=True):
+            yield p[:, range(size + 1), y].prod(axis=1), k, law
+        return
+    keep, count = JUDGES[rule]
+    chance, ratio = keep(jnp.array(p), jnp.array(q), jnp.array(drafts), num)
+    for passed in itertools.product((False, True), repeat=size):
+        kept = count(jnp.broadcast_to(jnp.array(passed), (n, size)), num)
+        follows = residual(jnp.array(p), jnp.array(q), ratio, kept, num)
+        yield (
+            np.where(passed, chance, 1 - chance).prod(axis=1),
+            np.asarray(kept),
+            np.asarray(follows),
+        )
 
 
-def emitted(rule, target, drafted, vocab, size, biased=False):
+def with_samples(tokens, drafts):
+    """What the exact rule commits where the target says `tokens`, and how many drafts of it."""
+    rows = sampling_rows(
+        [SamplingParams()] * len(tokens),
+        samples=[0] * len(tokens),
+        seeds=[0] * len(tokens),
+        stop_ids=[()] * len(tokens),
+        vocab_limit=2,
+    )
+    draft = Draft(jnp.array(drafts), jnp.full((len(drafts),), drafts.shape[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_rules, "choose", lambda *_: jnp.array(tokens))
+        kept = exact(jnp.zeros((*tokens.shape, 2)), draft, rows, jnp.zeros((len(tokens),), int))
+    return np.asarray(kept.tokens), np.asarray(kept.num_accepted)
+
+
+def emitted(rule, target, drafted, vocab, size):
     """Law of the first size + 1 tokens: a round, then plain samples for what it left out."""
     drafts = np.array(list(itertools.product(range(vocab), repeat=size)))
 
@@ -76,22 +102,18 @@ def emitted(rule, target, drafted, vocab, size, biased=False):
 
     p, q = along(target, size + 1), along(drafted, size)
     weight = np.prod(np.take_along_axis(q, drafts[..., None], axis=-1)[..., 0], axis=1)
-    reach, follows = laws(rule, p, q, drafts)
-    if biased:  # a fresh draw at the mismatch instead of the residual
-        follows = p
+    begun = {}  # what a round commits, and how likely
+    for chance, kept, follows in rounds(rule, p, q, drafts):
+        for x, k, masses in zip(drafts, kept, (weight * chance)[:, None] * follows, strict=True):
+            for y in np.flatnonzero(masses):
+                start = (*x[:k].tolist(), int(y))
+                begun[start] = begun.get(start, 0.0) + masses[y]
     law = dict.fromkeys(itertools.product(range(vocab), repeat=size + 1), 0.0)
-    for x, w, r, f in zip(drafts, weight, reach, follows, strict=True):
-        for kept in range(size + 1):
-            for y in range(vocab):
-                start = (*x[:kept].tolist(), y)
-                mass = w * r[kept] * f[kept, y]
-                if mass == 0:
-                    continue
-                for rest in itertools.product(range(vocab), repeat=size - kept):
-                    whole, m = start + rest, mass
-                    for i in range(kept + 1, size + 1):
-                        m *= target[whole[:i]][whole[i]]
-                    law[whole] += m
+    for start, mass in begun.items():
+        for rest in itertools.product(range(vocab), repeat=size + 1 - len(start)):
+            whole = start + rest
+            plain = [target[whole[:i]][whole[i]] for i in range(len(start), size + 1)]
+            law[whole] += mass * np.prod(plain)
     return law
 
 
@@ -108,11 +130,35 @@ def test_enumerated_in_float64(rule):
                     assert abs(mass - want) < 1e-12, (vocab, size, tokens)
 
 
-def test_the_enumeration_sees_a_bias():
+def fresh(p, q, ratio, kept, num):
+    """A plain draw where a draft was refused."""
+    return p[jnp.arange(len(kept)), kept]
+
+
+def lenient(*args):
+    """Keeps more than p/q."""
+    keep, ratio = rejection_keep(*args)
+    return jnp.sqrt(keep), ratio
+
+
+@pytest.mark.parametrize(
+    ("rule", "where", "name", "fault"),
+    [
+        ("rejection", sys.modules[__name__], "residual", fresh),
+        ("block", sys.modules[__name__], "residual", fresh),
+        ("rejection", JUDGES, "rejection", (lenient, leading_run)),
+        ("rejection", JUDGES, "rejection", (rejection_keep, longest_prefix)),
+        ("block", JUDGES, "block", (block_keep, leading_run)),
+        ("exact", verify_rules, "leading_run", longest_prefix),
+    ],
+)
+def test_the_enumeration_sees_a_fault(rule, where, name, fault, monkeypatch):
+    change = monkeypatch.setitem if where is JUDGES else monkeypatch.setattr
+    change(where, name, fault)
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         target, drafted = (tree(rng, 3, 2, 1.0) for _ in range(2))
-        law = emitted("rejection", target, drafted, 3, 2, biased=True)
+        law = emitted(rule, target, drafted, 3, 2)
         want = {t: np.prod([target[t[:i]][x] for i, x in enumerate(t)]) for t in law}
         assert max(abs(law[t] - want[t]) for t in law) > 1e-3
 

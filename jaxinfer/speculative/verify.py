@@ -8,6 +8,7 @@ Letters: M drafted tokens, p the target's distributions, q the drafter's, x the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,32 +43,29 @@ def exact(scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Arr
     """
     at = _positions(position, scores)
     tokens = choose(scores, rows, row_keys(rows, at, STREAM_SAMPLE))
-    return Accepted(tokens, _prefix(tokens[:, :-1] == draft.tokens, draft.num))
+    return Accepted(tokens, leading_run(tokens[:, :-1] == draft.tokens, draft.num))
 
 
 def rejection(scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array) -> Accepted:
     """Keep x with probability min(1, p(x)/q(x)), one after the other (arXiv 2211.17192)."""
-    p, q = probabilities(scores, rows), _drafted(draft, scores)
-    u = _uniform(rows, position, draft)
-    accept = u * _at(q, draft.tokens) < _at(p[:, :-1], draft.tokens)  # strictly: never where p is 0
-    num = _prefix(accept, draft.num)
-    left = residual(p, q, jnp.ones(p.shape[:2], p.dtype), num, draft.num)
-    return _emit(draft, num, left, rows, position)
+    return _judge(scores, draft, rows, position, rejection_keep, leading_run)
 
 
 def block(scores: jax.Array, draft: Draft, rows: SamplingRows, position: jax.Array) -> Accepted:
     """Judge the draft as a whole, which keeps at least as many tokens (arXiv 2403.10444)."""
-    p, q = probabilities(scores, rows), _drafted(draft, scores)
-    keep, ratio = block_keep(p, q, draft.tokens, draft.num)
-    u = _uniform(rows, position, draft)
-    m = jnp.arange(1, draft.tokens.shape[1] + 1)
-    # The longest prefix that passes, not the first that fails.
-    num = jnp.max(jnp.where((u < keep) & (m <= draft.num[:, None]), m, 0), axis=1, initial=0)
-    left = residual(p, q, ratio, num, draft.num)
-    return _emit(draft, num, left, rows, position)
+    return _judge(scores, draft, rows, position, block_keep, longest_prefix)
 
 
 VERIFIERS = {"exact": exact, "rejection": rejection, "block": block}
+
+
+def rejection_keep(
+    p: jax.Array, q: jax.Array, tokens: jax.Array, num: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Probability [B,M] that each draft passes, and the weight [B,M+1] of p in what is left: 1."""
+    px, qx = _at(p[:, :-1], tokens), _at(q, tokens)
+    keep = jnp.where(px < qx, px / jnp.where(qx > 0, qx, 1), px > 0)  # never where p is 0
+    return keep, jnp.ones(p.shape[:2], p.dtype)
 
 
 def block_keep(
@@ -92,6 +90,18 @@ def block_keep(
     return jnp.where(last, rho[:, 1:], padded), rho
 
 
+def leading_run(passed: jax.Array, num: jax.Array) -> jax.Array:
+    """[B]: drafts that passed [B,M] before the first that did not, of `num` [B] offered."""
+    offered = jnp.arange(passed.shape[1]) < num[:, None]
+    return jnp.cumprod(passed & offered, axis=1, dtype=jnp.int32).sum(axis=1)
+
+
+def longest_prefix(passed: jax.Array, num: jax.Array) -> jax.Array:
+    """[B]: length of the longest prefix that passed [B,M], whichever shorter one did not."""
+    m = jnp.arange(1, passed.shape[1] + 1)
+    return jnp.max(jnp.where(passed & (m <= num[:, None]), m, 0), axis=1, initial=0)
+
+
 def residual(
     p: jax.Array, q: jax.Array, ratio: jax.Array, accepted: jax.Array, num: jax.Array
 ) -> jax.Array:
@@ -111,6 +121,22 @@ def residual(
     mass = left.sum(-1, keepdims=True)
     refused = (accepted < num)[:, None] & (mass > 0)
     return jnp.where(refused, left / jnp.where(mass > 0, mass, 1), p_here)
+
+
+def _judge(
+    scores: jax.Array,
+    draft: Draft,
+    rows: SamplingRows,
+    position: jax.Array,
+    keep: Callable[..., tuple[jax.Array, jax.Array]],
+    count: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Accepted:
+    """`count` the drafts that pass with the chances of `keep`; the rest is the residual's."""
+    p, q = probabilities(scores, rows), _drafted(draft, scores)
+    chance, ratio = keep(p, q, draft.tokens, draft.num)
+    num = count(_uniform(rows, position, draft) < chance, draft.num)
+    left = residual(p, q, ratio, num, draft.num)
+    return _emit(draft, num, left, rows, position)
 
 
 def _emit(
@@ -134,12 +160,6 @@ def _drafted(draft: Draft, scores: jax.Array) -> jax.Array:
 def _at(p: jax.Array, tokens: jax.Array) -> jax.Array:
     """p [B,M,V] at tokens [B,M]."""
     return jnp.take_along_axis(p, tokens[..., None], axis=-1)[..., 0]
-
-
-def _prefix(accept: jax.Array, num: jax.Array) -> jax.Array:
-    """Length [B] of the leading run of accepted tokens [B,M], of which num [B] were offered."""
-    offered = jnp.arange(accept.shape[1]) < num[:, None]
-    return jnp.cumprod(accept & offered, axis=1, dtype=jnp.int32).sum(axis=1)
 
 
 def _positions(position: jax.Array, scores: jax.Array) -> jax.Array:
