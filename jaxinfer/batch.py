@@ -145,8 +145,13 @@ def capacity_of(rows: Sequence[Request], speculation: Speculation) -> int:
 
 
 def _drafter_state(drafter: Drafter, batch: int, capacity: int) -> Any:
-    """Shapes of a drafter's state."""
-    return jax.eval_shape(lambda: drafter.init(batch, capacity))
+    """Shapes of a drafter's state; InvalidArgument where it holds what is no array."""
+    try:
+        return jax.eval_shape(lambda: drafter.init(batch, capacity))
+    except TypeError as error:
+        told = str(error).splitlines()[0]
+        name = type(drafter).__name__
+        raise InvalidArgument(f"{name}.init: must return a pytree of arrays: {told}") from error
 
 
 def new_run(

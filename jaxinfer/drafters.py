@@ -157,7 +157,7 @@ def check_drafter(
       InvalidArgument: what it returned and what was expected; or a draft as long as the context.
     """
     drafter, size = speculation.drafter, speculation.drafter.max_draft
-    if size + 1 >= max_len:
+    if drafter.num_draft != "auto" and size + 1 >= max_len:
         raise InvalidArgument(f"num_draft={size}: does not fit the context of {max_len} tokens")
     ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens: Any = jax.ShapeDtypeStruct((batch, capacity), jnp.int32)
@@ -169,7 +169,13 @@ def check_drafter(
     name = type(drafter).__name__
     if not drafter.kinds or not all(0 < share <= 1 for share in drafter.kinds):
         raise InvalidArgument(f"{name}.kinds={drafter.kinds}: shares between 0 and 1, one or more")
-    got: Any = jax.eval_shape(drafter.propose, state, context, rows, ints, keys)
+    try:
+        got: Any = jax.eval_shape(type(drafter).propose, drafter, state, context, rows, ints, keys)
+    except jax.errors.JAXTypeError as error:
+        raise InvalidArgument(
+            f"{name}.propose: wants the value of an array where there are but shapes; a field that"
+            " is a number to Python is declared with jaxinfer.speculative.static"
+        ) from error
     if type(got) is not tuple or len(got) != 2 or not isinstance(got[0], Draft):
         raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {got!r:.80}")
     draft, after = got

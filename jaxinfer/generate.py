@@ -102,7 +102,7 @@ class LLM:
         self._by_model: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         own = self._drafter(drafter)
         self.default_speculation = make_speculation(own, num_draft, verifier, exact)
-        self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan and batch size
+        self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan, batch size, capacity
 
     @property
     def params(self) -> Params:
@@ -148,8 +148,9 @@ class LLM:
             `load` was told.
           **overrides: fields of `SamplingParams` that replace those of `params`.
 
-        With a seed the text is always the same, but for num_draft="auto" under verifier="rejection"
-        or "block": there it is of the same distribution, and how much is drafted depends on time.
+        With a seed the text is always the same under exact=True or a fixed num_draft. How much
+        num_draft="auto" drafts depends on time: the text is then the same up to rounding, and under
+        verifier="rejection" or "block" of the same distribution.
 
         Returns:
           A GenerationOutput for one prompt (a list of n where n > 1), a list in order for a list.
@@ -254,6 +255,11 @@ class LLM:
         once, and kept. The two of a FallbackDrafter may be named in the same way."""
         if isinstance(wanted, FallbackDrafter):
             first, second = self._drafter(wanted.first), self._drafter(wanted.second)
+            if isinstance(first, NoDrafter) or isinstance(second, NoDrafter):
+                raise InvalidArgument(
+                    f"FallbackDrafter(first={wanted.first!r:.40}, second={wanted.second!r:.40}):"
+                    " name two drafters, or use the one that there is"
+                )
             return wanted.replace(first=first, second=second)
         if not isinstance(wanted, str | LLM):
             return make_drafter(wanted, self.model, self.tokenizer)
@@ -269,9 +275,9 @@ class LLM:
             return Costs()
         size = self.model.rows(len(rows))
         plan = speculation.plan(self.model.narrow(size))
-        key = (jax.tree.structure(speculation.drafter), plan, size)
+        capacity = capacity_of(rows, speculation)  # all of it is read, so it is part of the price
+        key = (jax.tree.structure(speculation.drafter), plan, size, capacity)
         if key not in self._costs:
-            capacity = capacity_of(rows, speculation)
             check_drafter(self.model, speculation, size, capacity, self.max_len)
             # Processes that judged by times of their own would run different programs.
             self._costs[key] = Costs(*agree(measure(self.model, speculation, size, capacity).pair))

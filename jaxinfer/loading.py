@@ -55,7 +55,8 @@ def load(
         Orbax checkpoint holds, else float32 on CPU and bfloat16 elsewhere.
       mesh: spreads the weights, see `make_mesh`; None: one device.
       rules: what lies along which axis of the mesh, instead of `sharding.RULES`: {"hidden": None}
-        leaves hidden widths whole. A drafter given by name lies like the model.
+        leaves hidden widths whole. A drafter given by name lies like the model, in the same dtype
+        and recipe, but rounded to nearest.
       quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
       calibration: a list of texts whose activations say how to round, by GPTQ, and for w8a8 how

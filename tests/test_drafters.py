@@ -117,6 +117,11 @@ def test_vocabularies_are_matched_by_what_tokens_say():
     assert np.asarray(found.target).tolist() == [*range(8), 12, 12]
 
 
+def test_a_vocabulary_with_nothing_in_common():
+    with pytest.raises(InvalidArgument, match="shares 1 of 8 tokens with the model's"):
+        map_vocabularies(tiny_tokenizer(8), tiny_tokenizer(1), 8, 1)
+
+
 def test_the_drafter_of_the_readme(llm):
     readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
     blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
@@ -175,6 +180,9 @@ def test_a_draft_longer_than_the_context():
     llm = tiny_llm(max_len=16)
     with pytest.raises(InvalidArgument, match="does not fit the context of 16 "):
         llm.generate("abc", max_tokens=4, drafter="ngram", num_draft=15)
+    small = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype, max_len=8)
+    want = small.generate("aaa", max_tokens=5, ignore_eos=True).token_ids
+    assert small.generate("aaa", max_tokens=5, ignore_eos=True, drafter="ngram").token_ids == want
 
 
 class Wrong(LastToken, kw_only=True):
@@ -187,6 +195,8 @@ class Wrong(LastToken, kw_only=True):
 
     def propose(self, state, context, rows, want, keys):
         draft, state = super().propose(state, context, rows, want, keys)
+        if self.fault == "value":
+            int(want[0])
         if self.fault == "tokens":
             draft = draft._replace(tokens=draft.tokens[:, :-1])
         if self.fault == "dtype":
@@ -197,12 +207,48 @@ class Wrong(LastToken, kw_only=True):
             draft = draft._replace(kind=jnp.zeros((), jnp.int32))
         return draft, state[:, None] if self.fault == "state" else state
 
+    def observe(self, state, context, num_new, hidden):
+        return (state, state) if self.fault == "observed" else state
 
-@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "kind", "state"])
+
+@pytest.mark.parametrize("fault", ["tokens", "dtype", "probs", "kind", "state", "value"])
 def test_a_drafter_with_wrong_shapes_is_refused(llm, fault):
     with pytest.raises(InvalidArgument, match=r"Wrong\.propose") as refused:
         llm.generate("abc", GREEDY, drafter=Wrong(fault=fault))
     assert "\n" not in str(refused.value)
+
+
+class Nameless(LastToken, kw_only=True):
+    """Its state is no array."""
+
+    def init(self, batch, capacity):
+        return "nothing"
+
+
+class Unsure(LastToken, kw_only=True):
+    """Says that it draws, and does not say from what."""
+
+    @property
+    def draws(self):
+        return True
+
+
+class Fickle(LastToken, kw_only=True):
+    """Counts with a field that is not declared static."""
+
+    again: int = 2
+
+    def propose(self, state, context, rows, want, keys):
+        for _ in range(self.again):
+            draft, state = super().propose(state, context, rows, want, keys)
+        return draft, state
+
+
+def test_a_length_must_be_static():
+    with pytest.raises(InvalidArgument, match=r"Loose.num_draft: write `= static\(3\)`"):
+
+        class Loose(Drafter, kw_only=True):
+            num_draft: int = 3
 
 
 class Boastful(LastToken, kw_only=True):
@@ -232,6 +278,12 @@ class Empty(Drafter, kw_only=True):
         (Empty, "Empty.propose is missing"),
         (lambda: NGramDrafter(max_ngram=2, min_ngram=3), "1 <= min_ngram <= max_ngram"),
         (lambda: FallbackDrafter(first="ngram", second="nobody"), "drafter='nobody'"),
+        (lambda: FallbackDrafter(first="ngram", second=None), "name two drafters"),
+        (lambda: FallbackDrafter(first="none", second="ngram"), "name two drafters"),
+        (lambda: Wrong(fault="observed"), r"Wrong.observe: the state it returns"),
+        (Nameless, "Nameless.init: must return a pytree of arrays"),
+        (Unsure, r"Unsure.propose: draft.probs must be float32\[1, 3, 64\], is None"),
+        (Fickle, "Fickle.propose: .* declared with jaxinfer.speculative.static"),
     ],
 )
 def test_more_wrong_drafters(llm, wrong, words):

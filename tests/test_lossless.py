@@ -1,7 +1,8 @@
 """Tokens that come out of the whole loop follow the target's law, for every drafter and verifier.
 
 V = 16, and a drafter that likes what the target does not: only narrow vocabularies show a draft
-that shares its noise with the residual. One ragged batch holds every group of sampling parameters.
+that shares its noise with the residual; then V = 4096. One ragged batch holds every group of
+sampling parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.speculation import Speculation
 from jaxinfer.testing import tiny_llm
 
-V, TOKENS, ROWS = 16, 3, 2000  # vocabulary, tokens whose joint law is compared, batch
+V, ROWS = 16, 2000  # vocabulary, batch
+WIDE, WIDE_ROWS = 4096, 250
+TOKENS = {V: 3, WIDE: 1}  # whose joint law is compared, by vocabulary
 PROMPTS = ([3, 5, 3, 5, 3], [7, 2, 2])
 PARAMS = {
     "temperature": SamplingParams(temperature=1.3),
@@ -49,14 +52,18 @@ def llm():
 
 @pytest.fixture(scope="module")
 def laws(llm):
+    return all_laws(llm)
+
+
+def all_laws(llm):
     """The joint law [V,V,V] of the first tokens of each group, without any loop."""
     return {group: law(llm, PARAMS[group[0]], PROMPTS[group[1]]) for group in GROUPS}
 
 
 def law(llm, params, prompt):
-    joint = np.ones(1)
-    for size in range(TOKENS):
-        texts = [[*prompt, *prefix] for prefix in itertools.product(range(V), repeat=size)]
+    joint, vocab = np.ones(1), llm.config.vocab_size
+    for size in range(TOKENS[vocab]):
+        texts = [[*prompt, *prefix] for prefix in itertools.product(range(vocab), repeat=size)]
         count, length = len(texts), len(texts[0])
         logits = llm.forward(texts).logits[:, length - 1 : length]
         rows = sampling_rows(
@@ -64,14 +71,15 @@ def law(llm, params, prompt):
             samples=[0] * count,
             seeds=[0] * count,
             stop_ids=[()] * count,
-            vocab_limit=V,
+            vocab_limit=vocab,
         )
         lengths = jnp.full((count,), length)
         history = History(jnp.asarray(texts), lengths, jnp.full((count,), len(prompt)))
         scores = np.asarray(process_logits(logits, rows, history)[:, 0], np.float64)
         p = np.exp(scores - scores.max(-1, keepdims=True))
-        joint = (joint[:, None] * p / p.sum(-1, keepdims=True)).reshape(-1)
-    return joint
+        joint = (joint[:, None] * p / p.sum(-1, keepdims=True)).reshape((vocab,) * (size + 1))
+        joint = joint.reshape(-1)
+    return joint.reshape((vocab,) * TOKENS[vocab])
 
 
 def drafter(name, llm):
@@ -84,25 +92,28 @@ def drafter(name, llm):
         "opposite": model,
         "self": self_drafter(llm.model, layers=(0,)),
         "fallback": FallbackDrafter(first=NGramDrafter(), second=model),
-        "other vocabulary": llm.speculation(tiny_llm(vocab_size=11, seed=5)).drafter,
+        "other vocabulary": llm.speculation(tiny_llm(llm.config.vocab_size - 5, seed=5)).drafter,
     }[name].replace(num_draft=3)
 
 
 def draw(llm, found, verifier, draws):
     """First tokens [draws,TOKENS] of each group, out of the loop that `generate` runs."""
+    vocab = llm.config.vocab_size
+    size, count = (ROWS if vocab == V else WIDE_ROWS), TOKENS[vocab]
     speculation = Speculation(found)
     plan = dataclasses.replace(speculation.plan(1), verifier=verifier)
-    each = ROWS // len(GROUPS)
+    each = size // len(GROUPS)
     groups = [group for group in GROUPS for _ in range(each)]
     prompts = [PROMPTS[i] for _, i in groups]
     rows = sampling_rows(
         [PARAMS[name] for name, _ in groups],
-        samples=[0] * ROWS,
+        samples=[0] * size,
         seeds=[GROUPS.index(group) for group in groups],
-        stop_ids=[()] * ROWS,
-        vocab_limit=V,
+        stop_ids=[()] * size,
+        vocab_limit=vocab,
     )
-    where = np.array([len(p) for p in prompts])[:, None] + np.arange(TOKENS)
+    max_new = 1 if count == 1 else 99  # every row has one after a round; more, once all have ended
+    where = np.array([len(p) for p in prompts])[:, None] + np.arange(count)
     got = []
     for first in range(0, draws, each):
         run = new_run(
@@ -111,23 +122,26 @@ def draw(llm, found, verifier, draws):
             plan,
             Costs((1.0,) * len(plan.widths)),
             prompts=prompts,
-            limits=[len(p) + TOKENS + 2 for p in prompts],  # room for whole drafts
+            limits=[len(p) + count + 2 for p in prompts],  # room for whole drafts
             capacity=16,
             logprobs=False,
         )
         run = loop.prefill(llm.params, run, found, config=llm.config, width=16)
         samples = jnp.asarray(np.tile(np.arange(first, first + each), len(GROUPS)), jnp.int32)
         rows = rows._replace(sample=samples)
-        run = loop.rounds(llm.params, run, rows, found, jnp.int32(99), config=llm.config, plan=plan)
+        run = loop.rounds(
+            llm.params, run, rows, found, jnp.int32(max_new), config=llm.config, plan=plan
+        )
         tokens = np.take_along_axis(np.asarray(run.state.tokens), where, axis=1)
-        got.append(tokens.reshape(len(GROUPS), each, TOKENS))
+        got.append(tokens.reshape(len(GROUPS), each, count))
     assert int(run.counts.drafted.sum()) > 0
     return dict(zip(GROUPS, np.concatenate(got, axis=1), strict=True))
 
 
 def pvalue(tokens, law):
     """Chi-square of the joint law; cells are lumped until each expects twenty draws."""
-    cells = np.ravel_multi_index(tokens.T, (V,) * TOKENS)
+    cells = np.ravel_multi_index(tokens.T, law.shape)
+    law = law.reshape(-1)
     counts = np.bincount(cells, minlength=law.size).astype(float)
     assert counts[law == 0].sum() == 0  # what is cut never comes
     want = law * counts.sum()
@@ -160,6 +174,29 @@ def test_the_loop_follows_the_law(llm, laws, name, draws):
     values = {}
     for verifier in ("exact", "rejection", "block"):
         for group, tokens in draw(llm, found, verifier, draws).items():
+            values[verifier, *group] = pvalue(tokens, laws[group])
+    assert refused(values) == []
+
+
+def test_a_draft_in_bfloat16_follows_the_law():
+    """What was drawn from must be what it is judged by, to the bit."""
+    llm = tiny_llm(vocab_size=V, seed=3, dtype="bfloat16")
+    laws = all_laws(llm)
+    got = draw(llm, drafter("opposite", llm), "rejection", 4_000)
+    # A forward of another width may cut elsewhere: the whole distributions are compared.
+    uncut = [group for group in GROUPS if group[0] in ("temperature", "penalties")]
+    assert refused({group: pvalue(got[group], laws[group]) for group in uncut}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_wide_vocabulary(name):
+    """20,000 draws of each of ten groups make 200,000 a verifier."""
+    llm = tiny_llm(vocab_size=WIDE, seed=3)
+    laws, found = all_laws(llm), drafter(name, llm)
+    values = {}
+    for verifier in ("exact", "rejection", "block"):
+        for group, tokens in draw(llm, found, verifier, 20_000).items():
             values[verifier, *group] = pvalue(tokens, laws[group])
     assert refused(values) == []
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, drafter, ids
 
 from jaxinfer import cache, steps
+from jaxinfer.batch import Batch
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
@@ -93,6 +95,11 @@ def test_every_sampling_parameter_means_the_same(llm):
     for name in ("ngram", "fallback"):
         got = llm.generate(PROMPTS, each, exact=True, drafter=drafter(name, llm, 4))
         assert ids(got) == want
+        got = llm.generate(PROMPTS, each, drafter=drafter(name, llm, 4), verifier="exact")
+        assert ids(got) == ids(llm.generate(PROMPTS, each))
+    samples = llm.generate("abcabc", WARM, n=3, drafter=drafter("ngram", llm, 4))
+    assert ids(samples) == ids(llm.generate("abcabc", WARM, n=3))
+    assert len(set(map(tuple, ids(samples)))) == 3
 
 
 def test_streams_mark_what_was_drafted(llm):
@@ -171,6 +178,35 @@ def test_a_seed_means_one_text_however_fast_the_machine_is(llm, monkeypatch):
         texts.append((out.token_ids, out.stats.drafted))
     assert texts[0][0] == texts[1][0] == texts[2][0]
     assert texts[0][1] > texts[2][1] == 0
+
+
+def test_prices_are_those_of_the_capacity(llm, monkeypatch):
+    """What a round costs grows with the cache: a short text's prices say nothing of a long one."""
+    asked = []
+
+    def measure(model, speculation, batch, capacity):
+        asked.append((batch, capacity))
+        return Costs((1.0, 1.2, 1.4, 1.6), (0.0, 0.1))
+
+    monkeypatch.setattr("jaxinfer.generate.measure", measure)
+    again = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
+    for length in (8, 200, 9):
+        again.generate("a" * length, max_tokens=4, drafter="ngram")
+    assert asked == [(1, 128), (1, 256)]
+
+
+def test_a_round_is_as_wide_as_its_longest_draft(llm):
+    """Where a second token costs little and more cost much, it is rounds of two."""
+    speculation = llm.speculation(drafter("same", llm, "auto"))
+    counts = []
+    for prices in ((1.0, 1.1, 50.0, 50.0), (1.0, 1.1, 1.2, 50.0), (1.0, 1.1, 1.2, 1.3)):
+        rows = llm._requests([[41, 42, 43]], GREEDY, {})
+        batch = Batch(llm.model, rows, speculation, Costs(prices))
+        batch.prefill()
+        assert len(batch.advance(40)[0].token_ids) == 40
+        counts.append(batch.run.counts.widths.tolist())
+    assert [int(np.argmax(each)) for each in counts] == [1, 2, 3]
+    assert counts[0][2:] == [0, 0]
 
 
 def test_a_ring_that_goes_round_under_speculation(monkeypatch):

@@ -101,6 +101,8 @@ def greedy(
     how = {"verifier": verifier, "exact": exact}
     plain = _answers(llm, prompts, params, batch, "plain", drafter=None, **how)
     fast = _answers(llm, prompts, params, batch, "drafted", drafter=drafter, **how)
+    rows = llm.model.rows(min(batch, len(prompts)))
+    widths = llm.speculation(drafter, **how).plan(llm.model.narrow(rows)).widths
     divergences, noise = [], None
     for number, (prompt, a, b) in enumerate(zip(prompts, plain, fast, strict=True)):
         if a.token_ids == b.token_ids:
@@ -109,7 +111,7 @@ def greedy(
         pairs = zip(a.token_ids, b.token_ids, strict=False)
         at = next(i for i, (x, y) in enumerate(pairs) if x != y)
         text = [*prompt, *a.token_ids[: at + 1]]
-        margin, moved = _margin_and_noise(llm, text, len(prompt), drafter.max_draft + 1)
+        margin, moved = _margin_and_noise(llm, text, len(prompt), widths, rows)
         divergences.append(Divergence(number, at, margin))
         noise = max(noise or 0.0, moved)
     return Greedy(
@@ -137,30 +139,34 @@ def _answers(
 
 
 def _margin_and_noise(
-    llm: LLM, text: Sequence[int], prompt: int, width: int
+    llm: LLM, text: Sequence[int], prompt: int, widths: Sequence[int], rows: int
 ) -> tuple[float, float]:
     """Top-2 margin of the plain logits that chose the last token of `text`, and the largest
-    difference of any logit of its answer between forwards of one token and of `width`."""
-    plain, wide = (_logits(llm, text[:-1], prompt - 1, w) for w in (1, width))
+    difference of any logit of its answer between forwards as plain ones and of `widths`, in batches
+    of `rows`: those that the answers were made with."""
+    plain, *others = (
+        _logits(llm, text[:-1], prompt - 1, w, rows) for w in (llm.model.narrow(rows), *widths)
+    )
     second, first = np.sort(plain[-1])[-2:]
-    return float(first - second), float(np.abs(plain - wide).max())
+    return float(first - second), float(max(np.abs(plain - x).max() for x in others))
 
 
-def _logits(llm: LLM, text: Sequence[int], start: int, width: int) -> np.ndarray:
-    """Logits [N,V] behind each token of `text` from `start` on, fed `width` at a time."""
+def _logits(llm: LLM, text: Sequence[int], start: int, width: int, rows: int) -> np.ndarray:
+    """Logits [N,V] behind each token of `text` from `start` on, fed `width` at a time, `rows` times
+    over."""
     model = llm.model
-    cache = model.new_cache(1, steps.capacity_for(len(text) + width))
+    cache = model.new_cache(rows, steps.capacity_for(len(text) + width))
     found = []
     blocks = [(0, start, steps.bucket(start, steps.PREFILL_WIDTHS))] if start else []
     blocks += [(i, min(width, len(text) - i), width) for i in range(start, len(text), width)]
     for first, count, size in blocks:
         for at in range(first, first + count, size):
             some = list(text[at : min(at + size, first + count)])
-            tokens = np.array([some + [0] * (size - len(some))], np.int32)
+            tokens = np.array([some + [0] * (size - len(some))] * rows, np.int32)
             logits, _, cache = steps.logits_and_states(
                 model.params,
                 tokens,
-                np.array([len(some)], np.int32),
+                np.array([len(some)] * rows, np.int32),
                 cache,
                 config=model.config,
                 layers=(),

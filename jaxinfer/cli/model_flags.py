@@ -85,7 +85,7 @@ def draft_length(text: str) -> Any:
 
 def load_drafter(llm: Any, name: str, num_draft: str, quantize: str | None) -> Any:
     """The drafter `name` for an LLM that is loaded already; `name` may be that of a model, which is
-    then kept as the LLM is."""
+    then kept in the same dtype and recipe, rounded to nearest."""
     import jaxinfer
     from jaxinfer.drafters import is_name
 

@@ -6,6 +6,7 @@ A new one subclasses `Drafter` and writes `propose`; one with a memory of its ow
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,6 +37,14 @@ class Drafter(struct.PyTreeNode, kw_only=True):
 
     # How many tokens a round offers at most; "auto": as many as pay, by measurement.
     num_draft: int | Literal["auto"] = struct.field(pytree_node=False, default="auto")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        length = next(f for f in dataclasses.fields(cls) if f.name == "num_draft")
+        if length.metadata.get("pytree_node", True):
+            raise InvalidArgument(
+                f"{cls.__name__}.num_draft: write `= static({length.default!r})`, it is compiled in"
+            )
 
     @property
     def max_draft(self) -> int:

@@ -12,7 +12,7 @@ from jaxinfer.speculative.round import Plan
 Verifier = Literal["auto", "exact", "rejection", "block"]
 
 CANONICAL = 8  # T of every forward in exact mode; up to it XLA:CPU charges little more than for one
-MAX_DRAFT = 64  # bounds what is compiled; far below MAX_BLOCK, so that every cache can be rewound
+MAX_DRAFT = 64  # bounds what is compiled; below MAX_BLOCK, so no cache is ever refused a rewind
 
 
 @dataclasses.dataclass(frozen=True)
