@@ -31,7 +31,7 @@ def run(capsys, *arguments):
 def test_rates_ratios_and_counts():
     plain = {"a": [[Answer(10, 1.0)], [Answer(10, 2.0)]], "b": [[Answer(30, 1.0)]] * 2}
     fast = {
-        "a": [[Answer(10, 0.5, 5, 8, 5)], [Answer(10, 0.5, 5, 8, 5)]],
+        "a": [[Answer(10, 0.5, 5, 8, 5, 0.1)], [Answer(10, 0.5, 5, 8, 5, 0.2)]],
         "b": [[Answer(30, 1.0, 30, 2, 0)]] * 2,
     }
     found = speed.summarise({"plain": plain, "fast": fast})
@@ -41,6 +41,7 @@ def test_rates_ratios_and_counts():
     assert found["fast"]["speedup"]["a"] == 3  # the median of 2 and 4: run by run
     assert found["fast"]["tokens_per_round"] == {"a": 2, "b": 1, "all": 40 / 35}
     assert found["fast"]["acceptance"] == 5 / 10
+    assert found["fast"]["drafting"] == pytest.approx(0.3 / 3)
     assert found["plain"]["tokens_per_round"] is None
     assert found["plain"]["acceptance"] is None
 
@@ -97,15 +98,21 @@ def tiny(monkeypatch):
 def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch):
     assert speed.VERIFIED == (1, 2, 4, 8, 16)
     monkeypatch.setattr(speed, "VERIFIED", (1, 4))
+    named = []
+    monkeypatch.setattr("jaxinfer.load", lambda name, **_: named.append(name) or tiny_llm(seed=4))
     picture, prompts = tmp_path / "speed.png", tmp_path / "mine.jsonl"
     prompts.write_text(
         '{"kind": "copy", "prompt": "abababab"}\n\n{"kind": "odd", "prompt": "q"}\n', "utf-8"
     )
     flags = ["--runs=2", "--max_tokens=12", f"--prompts={prompts}"]
-    code, out, _ = run(capsys, "bench", *flags, f"--plot={picture}", "--json")
+    drafters = ["--drafters=ngram,a/model", "--num_draft=3"]
+    code, out, _ = run(capsys, "bench", *flags, f"--plot={picture}", "--json", *drafters)
     assert code == 0
     result = json.loads(out)
-    assert list(result["systems"]) == ["plain", "ngram"]
+    assert named == ["a/model"]
+    assert list(result["systems"]) == ["plain", "ngram", "a/model"]
+    assert result["outside_model"] < 1
+    assert 0 < result["systems"]["a/model"]["drafting"] < 1
     assert set(result["systems"]["ngram"]["speedup"]) == {"copy", "odd", "all"}
     assert list(result["verify_seconds"]) == ["1", "4"]
     assert all(s > 0 for s in result["verify_seconds"].values())
@@ -216,6 +223,7 @@ def test_margins_and_noise_are_those_of_the_logits():
         (("bench", "--compare=transformers:int3"), "transformers:int3"),
         (("bench", "--compare=llama.cpp:nowhere.gguf"), "nowhere.gguf"),
         (("bench", "--prompts=/nowhere"), "--prompts=/nowhere"),
+        (("bench", "--verifier=lenient"), "verifier='lenient'"),
         (("bench", "--drafters=ngram", "--num_draft=99"), "num_draft=99"),
     ],
 )

@@ -6,25 +6,29 @@ all of them. Time is that of generating; reading the prompt is left out everywhe
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from jaxinfer import steps
 from jaxinfer.batch import Model
-from jaxinfer.cache import cache_bytes
+from jaxinfer.cache import KVCache, cache_bytes
 from jaxinfer.calibrate import measure
+from jaxinfer.config import ModelConfig
 from jaxinfer.generate import LLM
-from jaxinfer.model import project
+from jaxinfer.model import Params, forward, head, project
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
-from jaxinfer.speculative.speculation import Speculation
+from jaxinfer.speculative.speculation import CANONICAL, Speculation, Verifier
 
 VERIFIED = (1, 2, 4, 8, 16)  # tokens a forward whose cost the table shows
 
@@ -37,6 +41,7 @@ class Answer(NamedTuple):
     rounds: int = 0  # of speculation
     drafted: int = 0
     accepted: int = 0
+    draft_seconds: float = 0.0  # of those seconds, on drafting
 
 
 Kinds = Mapping[str, Sequence[list[int]]]  # token ids of prompts, by kind
@@ -49,7 +54,9 @@ def system(llm: LLM, drafter: Drafter | str | None, max_tokens: int, **options: 
 
     def run(ids: list[int]) -> Answer:
         s = llm.generate(ids, params, drafter=drafter, **options).stats
-        return Answer(s.new_tokens, s.decode_seconds, s.rounds, s.drafted, s.accepted)
+        return Answer(
+            s.new_tokens, s.decode_seconds, s.rounds, s.drafted, s.accepted, s.draft_seconds
+        )
 
     return run
 
@@ -62,6 +69,7 @@ def compare(
     max_tokens: int = 128,
     runs: int = 5,
     exact: bool = False,
+    verifier: Verifier = "auto",
     peers: Mapping[str, System] | None = None,
     costs: bool = True,
 ) -> dict[str, Any]:
@@ -70,15 +78,22 @@ def compare(
     Returns:
       What `jaxinfer bench --json` writes, but for how the model was loaded: rates in tokens/s
       and bytes/s, times in seconds, and ratios to plain decoding. `bench.plot` draws it.
+      "outside_model" is the share of a plain round that is no step of the model, "drafting" that of
+      a system's time in which it drafts.
     """
     systems = {
         "memory": bandwidth(llm.model),
+        "model": alone(llm, max_tokens, exact),
         "plain": system(llm, None, max_tokens, exact=exact),
-        **{name: system(llm, d, max_tokens, exact=exact) for name, d in drafters.items()},
+        **{
+            name: system(llm, drafter, max_tokens, exact=exact, verifier=verifier)
+            for name, drafter in drafters.items()
+        },
         **(peers or {}),
     }
     found = summarise(run_all(systems, prompts, runs))
     memory = found.pop("memory")["tokens_per_second"]["all"]
+    model = found.pop("model")
     limit = memory["median"] / llm.nbytes
     longest = max(len(ids) for each in prompts.values() for ids in each)
     capacity = min(longest + max_tokens, llm.max_len)
@@ -93,6 +108,8 @@ def compare(
         "bytes_per_second": memory,
         "limit_tokens_per_second": limit,
         "fraction_of_limit": found["plain"]["tokens_per_second"]["all"]["median"] / limit,
+        "model_tokens_per_second": model["tokens_per_second"]["all"],
+        "outside_model": 1 - 1 / model["speedup"]["all"],
         "systems": found,
         "verify_seconds": verify_costs(llm, capacity) if costs else {},
     }
@@ -152,6 +169,8 @@ def summarise(answers: Mapping[str, Mapping[str, list[list[Answer]]]]) -> dict[s
             }
             if rounds
             else None,
+            "drafting": sum(a.draft_seconds for a in every)
+            / max(sum(a.seconds for a in every), 1e-9),
             "acceptance": sum(a.accepted for a in every) / drafted if drafted else None,
         }
     return found
@@ -188,6 +207,58 @@ def verify_costs(llm: LLM, capacity: int) -> dict[int, float]:
         costs = measure(llm.model, Speculation(drafter), 1, steps.capacity_for(capacity))
         found[m] = costs.verify_seconds[-1]
     return found
+
+
+def alone(llm: LLM, max_tokens: int, exact: bool) -> System:
+    """The model without the library: a forward, its logits and the likeliest token, again and again
+    in one program, on caches and of a width as plain decoding has them."""
+    model = llm.model
+
+    def run(ids: list[int]) -> Answer:
+        at, end = len(ids), min(len(ids) + max_tokens, llm.max_len)
+        capacity, seconds = steps.capacity_for(end if exact else min(end, at + 64)), 0.0
+        while at < end:
+            count = min(end, capacity) - at
+            cache = model.new_cache(1, capacity, exact=exact)
+            start = dataclasses.replace(cache, lengths=cache.lengths + at - 1)
+            token, start = model.place((jnp.zeros((1,), jnp.int32), start))
+            jax.block_until_ready(start)
+            begin = time.perf_counter()
+            jax.block_until_ready(
+                _likeliest(
+                    model.params,
+                    token,
+                    start,
+                    np.int32(count),
+                    config=model.config,
+                    width=CANONICAL if exact else model.narrow(1),
+                )
+            )
+            seconds += time.perf_counter() - begin
+            at, capacity = at + count, steps.capacity_for(capacity + 1)
+        return Answer(end - len(ids), seconds)
+
+    return run
+
+
+@partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("cache",))
+def _likeliest(
+    params: Params,
+    token: jax.Array,  # [1] i32
+    cache: KVCache,
+    count: jax.Array,  # [] i32
+    *,
+    config: ModelConfig,
+    width: int,
+) -> tuple[jax.Array, KVCache]:
+    def step(_: int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        token, cache = carry
+        fed = jnp.broadcast_to(token[:, None], (1, width))
+        hidden, cache = forward(params, fed, jnp.ones_like(token), cache, config=config)
+        logits = head(params, hidden, config=config)
+        return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, count, step, (token, cache))
 
 
 def bandwidth(model: Model) -> System:

@@ -1,8 +1,7 @@
 """jaxinfer bench: tokens per second, plain and with drafters, by kind of prompt.
 
 Greedy answers to short prompts of four kinds, to a file of yours or behind contexts of given
-lengths, one at a time. The runs of all
-systems alternate; a figure is the median of the runs.
+lengths, one at a time. The runs of all systems alternate; a figure is the median of the runs.
 
   jaxinfer bench
   jaxinfer bench --drafters=ngram,self --plot=speed.png --json > speed.json
@@ -45,6 +44,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "num_draft", "auto", "Tokens they offer a round; auto: as many as pay.", **to
     )
+    judged = "exact, rejection or block; auto: as suits the drafter."
+    flags.DEFINE_string("verifier", "auto", judged, **to)
     flags.DEFINE_boolean("exact", False, "Measure exact mode.", **to)
     flags.DEFINE_string("prompts", None, "A file: a prompt a line, or .jsonl with kinds.", **to)
     cut = "Not prompts but Python's documentation cut to so many tokens: 128,1024."
@@ -74,10 +75,12 @@ def run(values: flags.FlagValues) -> None:
     from jaxinfer.bench import peers, plot, speed
     from jaxinfer.bench.prompts import PROMPTS, chat_or_plain, contexts, read_prompts
     from jaxinfer.checkpoint import hub
+    from jaxinfer.speculative.speculation import Speculation
 
+    Speculation(verifier=values.verifier, exact=values.exact)  # refused before anything is loaded
     if values.plot:
         plot.check(values.plot)
-    if clash := {"plain", "memory"} & set(values.drafters):
+    if clash := {"plain", "memory", "model"} & set(values.drafters):
         raise InvalidArgument(f"--drafters={clash.pop()}: the name is taken, write it as a path")
     texts = read_prompts(values.prompts) if values.prompts else PROMPTS
     begin = time.perf_counter()
@@ -108,6 +111,7 @@ def run(values: flags.FlagValues) -> None:
         max_tokens=values.max_tokens,
         runs=values.runs,
         exact=values.exact,
+        verifier=values.verifier,
         peers=others,
     )
     result = {
@@ -151,10 +155,13 @@ def table(result: dict[str, Any]) -> str:
         cells = "".join(f"{rates[kind]['median']:>10.1f}" for kind in kinds)
         ends = f"{rates['all']['least']:.1f} to {rates['all']['most']:.1f}"
         lines.append(f"{name:<{wide}}{cells}   {ends}")
+    model = result["model_tokens_per_second"]["median"]
     gigabytes = result["bytes_per_second"]["median"] / 1e9
     lines += [
         f"{'memory limit':<{wide}}{result['limit_tokens_per_second']:>{10 * len(kinds)}.1f}"
         f"   {gigabytes:.1f} GB/s over {result['weight_bytes']:,} bytes of weights",
+        f"{'model alone':<{wide}}{model:>{10 * len(kinds)}.1f}"
+        f"   {result['outside_model']:.1%} of a plain round is no step of the model",
         "",
         f"{'times plain':<{wide}}{columns}",
     ]
@@ -164,11 +171,14 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<{wide}}{cells}")
     drafters = {name: x for name, x in others.items() if x["tokens_per_round"]}
     if drafters:
-        lines += ["", f"{'tokens a round':<{wide}}{columns}   drafted tokens kept"]
+        lines += [
+            "",
+            f"{'tokens a round':<{wide}}{columns}   drafted tokens kept, time spent drafting",
+        ]
     for name, found in drafters.items():
         cells = "".join(f"{found['tokens_per_round'][kind]:>10.2f}" for kind in kinds)
         kept = "none drafted" if found["acceptance"] is None else f"{found['acceptance']:.0%}"
-        lines.append(f"{name:<{wide}}{cells}   {kept}")
+        lines.append(f"{name:<{wide}}{cells}   {kept}, {found['drafting']:.1%}")
     costs = result["verify_seconds"]
     lines += ["", f"{'tokens verified':<{wide}}" + "".join(f"{m:>10}" for m in costs)]
     lines.append(f"{'milliseconds':<{wide}}" + "".join(f"{s * 1e3:>10.1f}" for s in costs.values()))
