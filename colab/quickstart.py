@@ -28,7 +28,10 @@ if importlib.util.find_spec("jaxinfer") is None:
     extras = "plot,tpu" if tpu else "plot,cuda" if shutil.which("nvidia-smi") else "plot"
     # From the checkout that this notebook lies in, else from the package index.
     here = Path("..").resolve() if Path("../pyproject.toml").exists() else "jaxinfer"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"{here}[{extras}]"], check=True)
+    if subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", f"{here}[{extras}]"]
+    ).returncode:
+        raise SystemExit(f"pip could not install {here}: open this notebook in a checkout of it")
 
 # %% [markdown]
 # ## Which device?

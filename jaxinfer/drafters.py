@@ -10,15 +10,14 @@ import jax.numpy as jnp
 
 from jaxinfer.batch import Model
 from jaxinfer.checkpoint.placement import keep_params
-from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.layerwise import refuse_quantized
-from jaxinfer.model import Params
 from jaxinfer.recipes import Recipe, make_recipe
 from jaxinfer.sampling import History, greedy_rows
 from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.speculative.vocab import identity, map_vocabularies
 from jaxinfer.tokenizer import Tokenizer
@@ -67,14 +66,15 @@ def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
     """The drafter that `wanted` says: None, a name, an LLM, or a Drafter as it is."""
     if wanted is None or wanted == "none":
         return NoDrafter()
+    platform = model.layout.platform
+    if wanted == "self" or recipe_of(wanted, platform):
+        wanted = SelfDrafter(quantize=wanted.partition(":")[2] or None)
+    if isinstance(wanted, SelfDrafter):
+        return self_drafter(model, wanted).replace(num_draft=wanted.num_draft)
     if isinstance(wanted, Drafter):
         return wanted
     if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
         return NGramDrafter()
-    if wanted == "self":
-        return self_drafter(model)
-    if recipe := recipe_of(wanted, model.layout.platform):
-        return quantized_drafter(model, recipe)
     if isinstance(getattr(wanted, "model", None), Model):
         return model_drafter(wanted.model, wanted.tokenizer, model, tokenizer)
     names = ", ".join([*NAMES, f"{_SELF}RECIPE"])
@@ -104,30 +104,32 @@ def model_drafter(
     )
 
 
-def self_drafter(model: Model, layers: tuple[int, ...] | None = None) -> ModelDrafter:
-    """The model itself with a subset of its layers (arXiv 2309.08168), weights shared.
+def self_drafter(model: Model, wanted: SelfDrafter) -> ModelDrafter:
+    """The model itself with a subset of its layers, weights shared; or with its weights in fewer
+    bits, which lie beside its own.
 
-    Args:
-      model: the target.
-      layers: which to keep, ascending; None: the first and last quarter, and every other one
-        between.
+    Raises:
+      InvalidArgument: no such layers or recipe, or weights that are quantized already;
+      OutOfMemory: no room for others.
     """
-    config, count = model.config, model.config.num_layers
-    if layers is None:
+    config, count, layers = model.config, model.config.num_layers, wanted.layers
+    bits = wanted.quantize
+    recipe = None if bits is None else recipe_of(_SELF + bits, model.layout.platform)
+    if layers is None and recipe is None:
         middle = range(count // 4, count - count // 4)
         layers = tuple(i for i in range(count) if i not in middle or i % 2)
-    if not layers:
-        raise InvalidArgument(f"drafter='self': {count} layers are too few to leave any out")
-    if list(layers) != sorted({i for i in layers if 0 <= i < count}):
-        raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}, ascending")
-    params = {name: model.params[name] for name in model.params if not name.startswith("layer_")}
-    params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
-    fewer = dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers))
-    return _own(model, params, fewer)
-
-
-def _own(model: Model, params: Params, config: ModelConfig) -> ModelDrafter:
-    """A drafter of a model's own vocabulary, on its devices."""
+        if not layers:
+            raise InvalidArgument(f"drafter='self': {count} layers are too few to leave any out")
+    params = model.params
+    if layers is not None:
+        if not layers or list(layers) != sorted({i for i in layers if 0 <= i < count}):
+            raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}, ascending")
+        params = {name: x for name, x in params.items() if not name.startswith("layer_")}
+        params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
+        config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in layers))
+    if recipe:
+        refuse_quantized(params)
+        params = keep_params(params, config, model.dtype, model.layout, recipe)
     size = config.vocab_size
     return ModelDrafter(
         params=params,
@@ -136,16 +138,6 @@ def _own(model: Model, params: Params, config: ModelConfig) -> ModelDrafter:
         dtype=model.dtype,
         kernels=model.kernels(),
     )
-
-
-def quantized_drafter(model: Model, recipe: Recipe) -> ModelDrafter:
-    """The model itself with its weights in fewer bits, which lie beside its own.
-
-    Raises InvalidArgument where they are quantized already, OutOfMemory where there is no room.
-    """
-    refuse_quantized(model.params)
-    params = keep_params(model.params, model.config, model.dtype, model.layout, recipe)
-    return _own(model, params, model.config)
 
 
 def check_drafter(

@@ -33,6 +33,7 @@ from jaxinfer.sharding import Rules, fit_config, make_layout
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.fallback import FallbackDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.speculative.speculation import Speculation, Verifier
 from jaxinfer.text import TextWriter
 from jaxinfer.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ class LLM:
         )
         self.model.check_kernels()
         self.num_draft = num_draft
-        self._by_name: dict[str, Drafter] = {}
+        self._by_name: dict[str | SelfDrafter, Drafter] = {}
         self._by_model: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         own = self._drafter(drafter)
         self.default_speculation = make_speculation(own, num_draft, verifier, exact)
@@ -261,9 +262,9 @@ class LLM:
                     " name two drafters, or use the one that there is"
                 )
             return wanted.replace(first=first, second=second)
-        if not isinstance(wanted, str | LLM):
+        if not isinstance(wanted, str | LLM | SelfDrafter):
             return make_drafter(wanted, self.model, self.tokenizer)
-        made: Any = self._by_name if isinstance(wanted, str) else self._by_model
+        made: Any = self._by_model if isinstance(wanted, LLM) else self._by_name
         if wanted not in made:
             made[wanted] = make_drafter(wanted, self.model, self.tokenizer)
         drafter: Drafter = made[wanted]

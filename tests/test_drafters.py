@@ -20,6 +20,7 @@ from jaxinfer.speculative.drafter import Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.pace import new_pace
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.speculative.vocab import map_vocabularies
 from jaxinfer.testing import tiny_llm, tiny_tokenizer
 
@@ -138,6 +139,22 @@ def test_a_fallback_takes_names_and_models(llm):
     out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
     assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
     assert out.stats.drafted > 0
+
+
+def test_the_model_drafts_for_itself(llm):
+    """Layers chosen by hand, fewer bits, or both; weights shared, and made only once."""
+    some = llm.speculation(SelfDrafter(layers=(1,), num_draft=2)).drafter
+    assert some.num_draft == 2
+    assert set(some.params) == {"embed", "final_norm", "layer_0"}
+    assert some.params["layer_0"] is llm.params["layer_1"]
+    both = llm.speculation(SelfDrafter(layers=(1,), quantize="int8")).drafter
+    assert both.config == some.config
+    assert both is llm.speculation(SelfDrafter(layers=(1,), quantize="int8")).drafter
+    assert llm.speculation("self:int8").drafter is not llm.speculation("self").drafter
+    for found in (SelfDrafter(layers=(1,)), SelfDrafter(quantize="int8")):
+        out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
+        assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
+        assert out.stats.drafted > 0
 
 
 def test_load_remembers_a_drafter(llm):
@@ -281,6 +298,9 @@ class Empty(Drafter, kw_only=True):
         (lambda: FallbackDrafter(first="ngram", second=None), "name two drafters"),
         (lambda: FallbackDrafter(first="none", second="ngram"), "name two drafters"),
         (lambda: Wrong(fault="observed"), r"Wrong.observe: the state it returns"),
+        (lambda: SelfDrafter(layers=(1, 0)), r"layers=\(1, 0\): numbers from 0 to 1"),
+        (lambda: SelfDrafter(layers=()), r"layers=\(\): numbers from 0 to 1"),
+        (lambda: SelfDrafter(quantize="int3"), "self:int3"),
         (Nameless, "Nameless.init: must return a pytree of arrays"),
         (Unsure, r"Unsure.propose: draft.probs must be float32\[1, 3, 64\], is None"),
         (Fickle, "Fickle.propose: .* declared with jaxinfer.speculative.static"),

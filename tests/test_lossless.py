@@ -17,7 +17,6 @@ import pytest
 from scipy import stats
 
 from jaxinfer.batch import new_run
-from jaxinfer.drafters import self_drafter
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import History, SamplingParams, process_logits, sampling_rows
 from jaxinfer.speculative import round as loop
@@ -25,6 +24,7 @@ from jaxinfer.speculative import verify
 from jaxinfer.speculative.costs import Costs
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.speculative.speculation import Speculation
 from jaxinfer.testing import tiny_llm
 
@@ -90,7 +90,7 @@ def drafter(name, llm):
     return {
         "ngram": NGramDrafter(min_ngram=1),
         "opposite": model,
-        "self": self_drafter(llm.model, layers=(0,)),
+        "self": llm.speculation(SelfDrafter(layers=(0,))).drafter,
         "fallback": FallbackDrafter(first=NGramDrafter(), second=model),
         "other vocabulary": llm.speculation(tiny_llm(llm.config.vocab_size - 5, seed=5)).drafter,
     }[name].replace(num_draft=3)

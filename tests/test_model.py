@@ -192,13 +192,14 @@ def split_cache(k, start, num_new, poison=1e4):
 @pytest.mark.parametrize("window", [None, 1, 4, 5, 6, 7, 100])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-def test_cached_attention_is_its_definition(window, softcap, heads):
+@pytest.mark.parametrize("num_new", [1, 3])  # one is computed in a way of its own
+def test_cached_attention_is_its_definition(window, softcap, heads, num_new):
     rng = np.random.default_rng(0)
     num_heads, num_kv = heads
-    q = rng.normal(size=(3, 3, num_heads, 8))
+    q = rng.normal(size=(3, num_new, num_heads, 8))
     k, v = rng.normal(size=(2, 3, num_kv, 12, 8))
     start = np.array([0, 5, 9])
-    (k_cache, k_new), (v_cache, v_new) = split_cache(k, start, 3), split_cache(v, start, 3)
+    (k_cache, k_new), (v_cache, v_new) = (split_cache(x, start, num_new) for x in (k, v))
     got = cached_attention(
         *(jnp.asarray(x, jnp.float32) for x in (q, k_new, v_new, k_cache, v_cache)),
         jnp.asarray(start, jnp.int32),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from jaxinfer.drafters import self_drafter
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.speculative.drafter import Draft, Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.testing import tiny_llm
 
 PROMPTS = [
@@ -45,7 +45,7 @@ def drafter(name, llm, num_draft):
         "user": LastToken(),
         "same": llm.speculation(llm).drafter,
         "other": model,
-        "self": self_drafter(llm.model, layers=(0,)),
+        "self": llm.speculation(SelfDrafter(layers=(0,))).drafter,
         "fallback": FallbackDrafter(first=NGramDrafter(), second=model),
     }[name]
     return found.replace(num_draft=num_draft)

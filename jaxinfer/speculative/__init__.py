@@ -4,5 +4,14 @@ from jaxinfer.speculative.drafter import Draft, Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 
-__all__ = ["Draft", "Drafter", "FallbackDrafter", "ModelDrafter", "NGramDrafter", "static"]
+__all__ = [
+    "Draft",
+    "Drafter",
+    "FallbackDrafter",
+    "ModelDrafter",
+    "NGramDrafter",
+    "SelfDrafter",
+    "static",
+]
