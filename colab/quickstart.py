@@ -66,7 +66,7 @@ for piece in llm.stream("Once upon a time", max_tokens=48, temperature=0.8, seed
 # ## Speculate
 #
 # A drafter guesses the next tokens, the model judges them all in one forward, and what is kept is
-# what it would have said alone. Text between `[` and `]` was drafted.
+# what it would have said alone. Text between `[` and `]` came in a round that kept drafted tokens.
 
 # %%
 task = (

@@ -15,6 +15,7 @@ from jaxinfer.layerwise import refuse_quantized
 from jaxinfer.recipes import Recipe, make_recipe
 from jaxinfer.sampling import History, greedy_rows
 from jaxinfer.speculative.drafter import Draft, Drafter, NoDrafter
+from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.model_drafter import ModelDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
 from jaxinfer.speculative.self_drafter import SelfDrafter
@@ -32,21 +33,35 @@ def is_name(drafter: Any) -> bool:
 
 
 def recipe_of(drafter: Any, platform: str) -> Recipe | None:
-    """What "self:int4:g64" says of its weights; None: another drafter.
+    """What "self:int4:g64", or a SelfDrafter, says of its weights; None: another drafter.
 
     Raises InvalidArgument where that is no recipe.
     """
-    if not isinstance(drafter, str) or not drafter.startswith(_SELF):
+    if isinstance(drafter, FallbackDrafter):
+        first, second = (recipe_of(part, platform) for part in (drafter.first, drafter.second))
+        return first or second
+    own = as_self(drafter)
+    if own is None or own.quantize is None:
         return None
+    name = _SELF + own.quantize
     try:
-        recipe = make_recipe(drafter.removeprefix(_SELF), platform)
+        recipe = make_recipe(own.quantize, platform)
     except InvalidArgument as error:
-        raise InvalidArgument(f"drafter={drafter!r:.40}: {error}") from error
+        raise InvalidArgument(f"drafter={name!r:.40}: {error}") from error
     if recipe is None or recipe.stored:
-        raise InvalidArgument(
-            f"drafter={drafter!r:.40}: made of the model's weights, not of a file"
-        )
+        raise InvalidArgument(f"drafter={name!r:.40}: made of the model's weights, not of a file")
     return recipe
+
+
+def as_self(drafter: Any) -> SelfDrafter | None:
+    """The SelfDrafter that "self" or "self:int8" stands for, or that it is; None: another one."""
+    if isinstance(drafter, SelfDrafter):
+        return drafter
+    if drafter == "self":
+        return SelfDrafter()
+    if isinstance(drafter, str) and drafter.startswith(_SELF):
+        return SelfDrafter(quantize=drafter.removeprefix(_SELF))
+    return None
 
 
 def make_speculation(
@@ -66,11 +81,8 @@ def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
     """The drafter that `wanted` says: None, a name, an LLM, or a Drafter as it is."""
     if wanted is None or wanted == "none":
         return NoDrafter()
-    platform = model.layout.platform
-    if wanted == "self" or recipe_of(wanted, platform):
-        wanted = SelfDrafter(quantize=wanted.partition(":")[2] or None)
-    if isinstance(wanted, SelfDrafter):
-        return self_drafter(model, wanted).replace(num_draft=wanted.num_draft)
+    if own := as_self(wanted):
+        return self_drafter(model, own).replace(num_draft=own.num_draft)
     if isinstance(wanted, Drafter):
         return wanted
     if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
@@ -113,8 +125,7 @@ def self_drafter(model: Model, wanted: SelfDrafter) -> ModelDrafter:
       OutOfMemory: no room for others.
     """
     config, count, layers = model.config, model.config.num_layers, wanted.layers
-    bits = wanted.quantize
-    recipe = None if bits is None else recipe_of(_SELF + bits, model.layout.platform)
+    recipe = recipe_of(wanted, model.layout.platform)
     if layers is None and recipe is None:
         middle = range(count // 4, count - count // 4)
         layers = tuple(i for i in range(count) if i not in middle or i % 2)
@@ -122,7 +133,7 @@ def self_drafter(model: Model, wanted: SelfDrafter) -> ModelDrafter:
             raise InvalidArgument(f"drafter='self': {count} layers are too few to leave any out")
     params = model.params
     if layers is not None:
-        if not layers or list(layers) != sorted({i for i in layers if 0 <= i < count}):
+        if list(layers) != sorted({i for i in layers if 0 <= i < count}):
             raise InvalidArgument(f"layers={layers}: numbers from 0 to {count - 1}, ascending")
         params = {name: x for name, x in params.items() if not name.startswith("layer_")}
         params |= {f"layer_{own}": model.params[f"layer_{i}"] for own, i in enumerate(layers)}
@@ -151,6 +162,14 @@ def check_drafter(
     drafter, size = speculation.drafter, speculation.drafter.max_draft
     if drafter.num_draft != "auto" and size + 1 >= max_len:
         raise InvalidArgument(f"num_draft={size}: does not fit the context of {max_len} tokens")
+    _check(model, drafter, batch, capacity)
+
+
+def _check(model: Model, drafter: Drafter, batch: int, capacity: int) -> None:
+    if isinstance(drafter, FallbackDrafter):  # its parts first: they know their names
+        for part in drafter.parts():
+            _check(model, part, batch, capacity)
+    name, size = type(drafter).__name__, drafter.max_draft
     ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens: Any = jax.ShapeDtypeStruct((batch, capacity), jnp.int32)
     context = History(tokens, ints, ints)
@@ -158,16 +177,10 @@ def check_drafter(
     rows = greedy_rows(batch, model.vocab_limit)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (batch, size)))
     state = jax.eval_shape(lambda: drafter.init(batch, capacity))
-    name = type(drafter).__name__
-    if not drafter.kinds or not all(0 < share <= 1 for share in drafter.kinds):
-        raise InvalidArgument(f"{name}.kinds={drafter.kinds}: shares between 0 and 1, one or more")
-    try:
-        got: Any = jax.eval_shape(type(drafter).propose, drafter, state, context, rows, ints, keys)
-    except jax.errors.JAXTypeError as error:
-        raise InvalidArgument(
-            f"{name}.propose: wants the value of an array where there are but shapes; a field that"
-            " is a number to Python is declared with jaxinfer.speculative.static"
-        ) from error
+    kinds: Any = drafter.kinds
+    if not (isinstance(kinds, tuple) and kinds and all(0 < share <= 1 for share in kinds)):
+        raise InvalidArgument(f"{name}.kinds={kinds}: a tuple of shares between 0 and 1")
+    got = _trace("propose", drafter, state, context, rows, ints, keys)
     if type(got) is not tuple or len(got) != 2 or not isinstance(got[0], Draft):
         raise InvalidArgument(f"{name}.propose: must return (Draft, state), not {got!r:.80}")
     draft, after = got
@@ -185,13 +198,27 @@ def check_drafter(
             )
     if draft.probs is not None and not drafter.draws:
         raise InvalidArgument(f"{name}.propose: gives probs, so {name}.draws must be True")
-    seen = jax.eval_shape(drafter.observe, state, context, ints, hidden)
+    seen = _trace("observe", drafter, state, context, ints, hidden)
     for method, new in (("propose", after), ("observe", seen)):
         if _shapes(new) != _shapes(state):
             raise InvalidArgument(
                 f"{name}.{method}: the state it returns must have the structure, shapes and dtypes"
                 " of the one that init made"
             )
+
+
+def _trace(method: str, drafter: Drafter, *arguments: Any) -> Any:
+    """Shapes of what a method of somebody else's returns, its errors in one line with its name."""
+    name = f"{type(drafter).__name__}.{method}"
+    try:
+        return jax.eval_shape(getattr(type(drafter), method), drafter, *arguments)
+    except jax.errors.JAXTypeError as error:
+        raise InvalidArgument(
+            f"{name}: wants the value of an array where there are but shapes; a field that is a"
+            " number to Python is declared with jaxinfer.speculative.static"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _shapes(state: Any) -> Any:

@@ -22,7 +22,7 @@ from jaxinfer.calibrate import measure
 from jaxinfer.chat import encode_chat
 from jaxinfer.config import ModelConfig
 from jaxinfer.distributed import agree
-from jaxinfer.drafters import check_drafter, make_drafter, make_speculation
+from jaxinfer.drafters import as_self, check_drafter, make_drafter, make_speculation
 from jaxinfer.errors import InvalidArgument, PromptTooLong
 from jaxinfer.model import Params
 from jaxinfer.outputs import FinishReason, ForwardOutput, GenerationOutput, Piece
@@ -99,11 +99,11 @@ class LLM:
         )
         self.model.check_kernels()
         self.num_draft = num_draft
-        self._by_name: dict[str | SelfDrafter, Drafter] = {}
+        self._by_self: dict[SelfDrafter, Drafter] = {}
         self._by_model: WeakKeyDictionary[LLM, Drafter] = WeakKeyDictionary()
         own = self._drafter(drafter)
         self.default_speculation = make_speculation(own, num_draft, verifier, exact)
-        self._costs: dict[Any, Costs] = {}  # measured once a drafter, plan, batch size, capacity
+        self._costs: dict[Any, Costs] = {}  # measured once, see `_costs_of`
 
     @property
     def params(self) -> Params:
@@ -262,13 +262,17 @@ class LLM:
                     " name two drafters, or use the one that there is"
                 )
             return wanted.replace(first=first, second=second)
-        if not isinstance(wanted, str | LLM | SelfDrafter):
+        if own := as_self(wanted):
+            made: Any = self._by_self
+            wanted = own.replace(num_draft="auto")
+        elif isinstance(wanted, LLM):
+            made = self._by_model
+        else:
             return make_drafter(wanted, self.model, self.tokenizer)
-        made: Any = self._by_model if isinstance(wanted, LLM) else self._by_name
         if wanted not in made:
             made[wanted] = make_drafter(wanted, self.model, self.tokenizer)
         drafter: Drafter = made[wanted]
-        return drafter
+        return drafter.replace(num_draft=own.num_draft) if own else drafter
 
     def _costs_of(self, speculation: Speculation, rows: Sequence[Request]) -> Costs:
         """Measured on first use; plain decoding needs none."""
@@ -276,8 +280,13 @@ class LLM:
             return Costs()
         size = self.model.rows(len(rows))
         plan = speculation.plan(self.model.narrow(size))
-        capacity = capacity_of(rows, speculation)  # all of it is read, so it is part of the price
-        key = (jax.tree.structure(speculation.drafter), plan, size, capacity)
+        capacity = capacity_of(rows, speculation)
+        leaves, structure = jax.tree.flatten(speculation.drafter)
+        key: Any = (structure, tuple(map(jnp.shape, leaves)), plan, size)
+        if (
+            speculation.drafter.num_draft == "auto"
+        ):  # all of the cache is read, so it has its price;
+            key = (*key, capacity)  # a batch that grows keeps the prices that it began with
         if key not in self._costs:
             check_drafter(self.model, speculation, size, capacity, self.max_len)
             # Processes that judged by times of their own would run different programs.

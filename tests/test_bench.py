@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -16,6 +17,7 @@ from jaxinfer.bench.prompts import PROMPTS, read_prompts
 from jaxinfer.bench.speed import Answer
 from jaxinfer.cli.main import main
 from jaxinfer.errors import InvalidArgument
+from jaxinfer.generate import LLM
 from jaxinfer.speculative import verify
 from jaxinfer.testing import tiny_llm
 
@@ -111,7 +113,7 @@ def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch)
     result = json.loads(out)
     assert named == ["a/model"]
     assert list(result["systems"]) == ["plain", "ngram", "a/model"]
-    assert result["outside_model"] < 1
+    assert result["verifier"] == "auto"
     assert 0 < result["systems"]["a/model"]["drafting"] < 1
     assert set(result["systems"]["ngram"]["speedup"]) == {"copy", "odd", "all"}
     assert list(result["verify_seconds"]) == ["1", "4"]
@@ -129,6 +131,28 @@ def test_bench_prints_a_table_and_a_picture(capsys, tiny, tmp_path, monkeypatch)
     assert code == 0
     assert "plain" in out
     assert "times one" in out
+
+
+def test_the_model_alone_makes_as_many_tokens_as_plain_decoding():
+    """Past the size its cache begins with; an answer that ends early has no more."""
+    tiny = tiny_llm()
+    early = LLM(tiny.params, tiny.config, tiny.tokenizer, dtype=tiny.model.dtype, eos_ids=[46])
+    for llm, ids, most in ((tiny, [41] * 60, 100), (early, [7, 8, 9], 30)):
+        want = llm.generate(ids, max_tokens=most)
+        got = speed.alone(llm, most, exact=False)(ids)
+        assert got.tokens == len(want.token_ids)
+        assert got.seconds > 0
+    assert len(want.token_ids) < 30
+
+
+def test_the_verifier_named_is_the_one_that_judges(monkeypatch):
+    llm, asked = tiny_llm(), []
+    monkeypatch.setattr(llm, "generate", lambda *_, **how: asked.append(how) or out)
+    out = tiny_llm().generate("abc", max_tokens=2)
+    drafters, prompts = {"ngram": "ngram"}, {"a": [[41, 42]]}
+    monkeypatch.setattr(speed, "alone", lambda *_: lambda ids: Answer(2, 1.0))
+    speed.compare(llm, drafters, prompts, runs=1, verifier="block", costs=False)
+    assert {how.get("verifier") for how in asked if how["drafter"]} == {"block"}
 
 
 def test_prompt_files(tmp_path):
@@ -207,6 +231,20 @@ def test_margins_and_noise_are_those_of_the_logits():
         margin, noise = audit._margin_and_noise(llm, text, 5, (1, 2, 8), rows)
         assert margin == pytest.approx(float(logits[-1] - logits[-2]), abs=1e-4)
         assert 0 < noise < 1e-4  # float32 rounds differently at another width
+
+
+def test_noise_is_that_of_the_batch_that_answered(monkeypatch):
+    """Five prompts by fours: the last has a batch of its own, of one row and other widths."""
+    llm, asked = tiny_llm(dtype="bfloat16"), []
+    plain = llm.generate([[41]] * 5, max_tokens=1)
+    other = [dataclasses.replace(o, token_ids=[1 + o.token_ids[0]]) for o in plain]
+    answers = iter((plain, other))
+    monkeypatch.setattr(audit, "_answers", lambda *_, **__: next(answers))
+    note = lambda llm, text, prompt, widths, rows: asked.append((widths, rows)) or (0.0, 1.0)  # noqa: E731
+    monkeypatch.setattr(audit, "_margin_and_noise", note)
+    drafter = llm.speculation("ngram", 3).drafter
+    audit.greedy(llm, drafter, [[41]] * 5, batch=4, max_tokens=1, exact=False)
+    assert asked == [((1, 4), 4)] * 4 + [((2, 4), 1)]
 
 
 @pytest.mark.parametrize(

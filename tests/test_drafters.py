@@ -143,13 +143,17 @@ def test_a_fallback_takes_names_and_models(llm):
 
 def test_the_model_drafts_for_itself(llm):
     """Layers chosen by hand, fewer bits, or both; weights shared, and made only once."""
+
+    def weights(wanted):
+        return llm.speculation(wanted).drafter.params["layer_0"]
+
+    assert weights("self:int8") is weights(SelfDrafter(quantize="int8", num_draft=5))
     some = llm.speculation(SelfDrafter(layers=(1,), num_draft=2)).drafter
     assert some.num_draft == 2
     assert set(some.params) == {"embed", "final_norm", "layer_0"}
     assert some.params["layer_0"] is llm.params["layer_1"]
     both = llm.speculation(SelfDrafter(layers=(1,), quantize="int8")).drafter
     assert both.config == some.config
-    assert both is llm.speculation(SelfDrafter(layers=(1,), quantize="int8")).drafter
     assert llm.speculation("self:int8").drafter is not llm.speculation("self").drafter
     for found in (SelfDrafter(layers=(1,)), SelfDrafter(quantize="int8")):
         out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
@@ -261,11 +265,31 @@ class Fickle(LastToken, kw_only=True):
         return draft, state
 
 
+class Named(LastToken, kw_only=True):
+    """Fields declared the wrong way round."""
+
+    name: Any = 0
+    table: Any = static(None)
+
+
+class Short(LastToken, kw_only=True):
+    """Takes fewer arguments than it is given."""
+
+    def propose(self, state, context):
+        return None
+
+
 def test_a_length_must_be_static():
-    with pytest.raises(InvalidArgument, match=r"Loose.num_draft: write `= static\(3\)`"):
+    words = r"Loose.num_draft: write `num_draft: int = static\(3\)`"
+    with pytest.raises(InvalidArgument, match=words):
 
         class Loose(Drafter, kw_only=True):
             num_draft: int = 3
+
+    with pytest.raises(InvalidArgument, match=words):
+
+        class Loose(Drafter, kw_only=True):
+            num_draft = 3
 
 
 class Boastful(LastToken, kw_only=True):
@@ -299,7 +323,17 @@ class Empty(Drafter, kw_only=True):
         (lambda: FallbackDrafter(first="none", second="ngram"), "name two drafters"),
         (lambda: Wrong(fault="observed"), r"Wrong.observe: the state it returns"),
         (lambda: SelfDrafter(layers=(1, 0)), r"layers=\(1, 0\): numbers from 0 to 1"),
-        (lambda: SelfDrafter(layers=()), r"layers=\(\): numbers from 0 to 1"),
+        (lambda: SelfDrafter(layers=(0, 2)), r"layers=\(0, 2\): numbers from 0 to 1"),
+        (lambda: SelfDrafter(layers=()), r"SelfDrafter\(layers=\(\), quantize=None\): a tuple"),
+        (lambda: SelfDrafter(layers=[0]), r"SelfDrafter\(layers=\[0\]"),
+        (lambda: SelfDrafter(quantize=5), "quantize=5"),
+        (lambda: Named(name="x"), "Named.name: is no array: declare it with"),
+        (
+            lambda: Named(table=np.zeros(3)),
+            "Named.table: holds an array: declare it without static",
+        ),
+        (lambda: FallbackDrafter(first=Half(), second="ngram"), "Half.propose: must return"),
+        (Short, "Short.propose: .* argument"),
         (lambda: SelfDrafter(quantize="int3"), "self:int3"),
         (Nameless, "Nameless.init: must return a pytree of arrays"),
         (Unsure, r"Unsure.propose: draft.probs must be float32\[1, 3, 64\], is None"),

@@ -30,6 +30,7 @@ from jaxinfer.quantize import (
 from jaxinfer.recipes import make_recipe, read_scheme
 from jaxinfer.sharding import ONE_DEVICE
 from jaxinfer.speculative.fallback import FallbackDrafter
+from jaxinfer.speculative.self_drafter import SelfDrafter
 from jaxinfer.testing import tiny_config, tiny_llm
 
 F32 = jnp.dtype(jnp.float32)
@@ -172,9 +173,9 @@ def test_a_model_in_eight_bits_drafts_for_itself():
     assert stats.accepted > 0.5 * stats.drafted > 0
     first, second = (llm.speculation("self:int8").drafter for _ in range(2))
     assert sum(x.nbytes for x in jax.tree.leaves(first.params)) < 0.5 * llm.nbytes
-    assert first is second  # not made anew
+    assert first.params is second.params  # not made anew
     both = llm.speculation(FallbackDrafter(first="ngram", second="self:int8")).drafter
-    assert both.second is first
+    assert both.second.params is first.params
 
 
 @pytest.mark.parametrize(
@@ -187,8 +188,10 @@ def test_a_drafter_of_no_recipe_is_refused_before_anything_is_read(drafter, said
 
 
 def test_a_quantized_model_has_no_quantized_self():
-    with pytest.raises(InvalidArgument, match="both would quantize"):
-        jaxinfer.load("no-such-model", quantize="int8", drafter="self:int4")
+    own = SelfDrafter(quantize="int4")
+    for drafter in ("self:int4", own, FallbackDrafter(first="ngram", second=own)):
+        with pytest.raises(InvalidArgument, match="both would quantize"):
+            jaxinfer.load("no-such-model", quantize="int8", drafter=drafter)
     with pytest.raises(InvalidArgument, match="quantized already"):
         quantized(tiny_llm(), "int8").speculation("self:int8")
 

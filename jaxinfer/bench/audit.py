@@ -101,8 +101,7 @@ def greedy(
     how = {"verifier": verifier, "exact": exact}
     plain = _answers(llm, prompts, params, batch, "plain", drafter=None, **how)
     fast = _answers(llm, prompts, params, batch, "drafted", drafter=drafter, **how)
-    rows = llm.model.rows(min(batch, len(prompts)))
-    widths = llm.speculation(drafter, **how).plan(llm.model.narrow(rows)).widths
+    speculation = llm.speculation(drafter, **how)
     divergences, noise = [], None
     for number, (prompt, a, b) in enumerate(zip(prompts, plain, fast, strict=True)):
         if a.token_ids == b.token_ids:
@@ -111,6 +110,8 @@ def greedy(
         pairs = zip(a.token_ids, b.token_ids, strict=False)
         at = next(i for i, (x, y) in enumerate(pairs) if x != y)
         text = [*prompt, *a.token_ids[: at + 1]]
+        rows = llm.model.rows(min(batch, len(prompts) - number // batch * batch))
+        widths = speculation.plan(llm.model.narrow(rows)).widths
         margin, moved = _margin_and_noise(llm, text, len(prompt), widths, rows)
         divergences.append(Divergence(number, at, margin))
         noise = max(noise or 0.0, moved)

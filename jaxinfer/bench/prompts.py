@@ -75,7 +75,8 @@ def read_prompts(path: str) -> dict[str, tuple[str, ...]]:
             named = isinstance(kind, str) and kind not in ("", "all")  # "all" is their sum
             if not named or not isinstance(prompt, str) or not prompt:
                 raise InvalidArgument(
-                    f'--prompts={path}: line {number} is not {{"kind": "..", "prompt": ".."}}'
+                    f'--prompts={path}: line {number} is not {{"kind": "..", "prompt": ".."}},'
+                    ' where "all" is no kind'
                 )
         found.setdefault(kind, []).append(prompt)
     if not found:

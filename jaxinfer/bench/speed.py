@@ -111,7 +111,8 @@ def compare(
         "model_tokens_per_second": model["tokens_per_second"]["all"],
         "outside_model": 1 - 1 / model["speedup"]["all"],
         "systems": found,
-        "verify_seconds": verify_costs(llm, capacity) if costs else {},
+        "verifier": verifier,
+        "verify_seconds": verify_costs(llm, capacity, exact) if costs else {},
     }
 
 
@@ -199,29 +200,38 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def verify_costs(llm: LLM, capacity: int) -> dict[int, float]:
-    """Seconds of a round of one row that verifies m tokens in one forward, by m."""
-    found = {}
+def verify_costs(llm: LLM, capacity: int, exact: bool = False) -> dict[int, float]:
+    """Seconds of a round of one row (a device) that verifies m tokens, by m."""
+    found, rows = {}, llm.model.rows(1)
     for m in tqdm(VERIFIED, desc="cost of verifying", leave=False):
         drafter = NoDrafter() if m == 1 else NGramDrafter(num_draft=m - 1)
-        costs = measure(llm.model, Speculation(drafter), 1, steps.capacity_for(capacity))
+        speculation = Speculation(drafter, exact=exact)
+        costs = measure(llm.model, speculation, rows, steps.capacity_for(capacity))
         found[m] = costs.verify_seconds[-1]
     return found
 
 
 def alone(llm: LLM, max_tokens: int, exact: bool) -> System:
     """The model without the library: a forward, its logits and the likeliest token, again and again
-    in one program, on caches and of a width as plain decoding has them."""
+    in one program, as many tokens as the answer has, on caches and of a width as plain decoding has
+    them."""
     model = llm.model
+    rows, lengths = model.rows(1), dict[tuple[int, ...], int]()
 
     def run(ids: list[int]) -> Answer:
-        at, end = len(ids), min(len(ids) + max_tokens, llm.max_len)
-        capacity, seconds = steps.capacity_for(end if exact else min(end, at + 64)), 0.0
+        if tuple(ids) not in lengths:
+            out = llm.generate(
+                ids, SamplingParams(max_tokens=max_tokens), drafter=None, exact=exact
+            )
+            lengths[tuple(ids)] = len(out.token_ids)
+        at, end = len(ids), len(ids) + lengths[tuple(ids)]
+        most = min(at + max_tokens, llm.max_len)
+        capacity, seconds = steps.capacity_for(most if exact else min(most, at + 64)), 0.0
         while at < end:
             count = min(end, capacity) - at
-            cache = model.new_cache(1, capacity, exact=exact)
+            cache = model.new_cache(rows, capacity, exact=exact)
             start = dataclasses.replace(cache, lengths=cache.lengths + at - 1)
-            token, start = model.place((jnp.zeros((1,), jnp.int32), start))
+            token, start = model.place((jnp.zeros((rows,), jnp.int32), start))
             jax.block_until_ready(start)
             begin = time.perf_counter()
             jax.block_until_ready(
@@ -231,7 +241,7 @@ def alone(llm: LLM, max_tokens: int, exact: bool) -> System:
                     start,
                     np.int32(count),
                     config=model.config,
-                    width=CANONICAL if exact else model.narrow(1),
+                    width=CANONICAL if exact else model.narrow(rows),
                 )
             )
             seconds += time.perf_counter() - begin
@@ -244,7 +254,7 @@ def alone(llm: LLM, max_tokens: int, exact: bool) -> System:
 @partial(jax.jit, static_argnames=("config", "width"), donate_argnames=("cache",))
 def _likeliest(
     params: Params,
-    token: jax.Array,  # [1] i32
+    token: jax.Array,  # [B] i32
     cache: KVCache,
     count: jax.Array,  # [] i32
     *,
@@ -253,7 +263,7 @@ def _likeliest(
 ) -> tuple[jax.Array, KVCache]:
     def step(_: int, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         token, cache = carry
-        fed = jnp.broadcast_to(token[:, None], (1, width))
+        fed = jnp.broadcast_to(token[:, None], (token.shape[0], width))
         hidden, cache = forward(params, fed, jnp.ones_like(token), cache, config=config)
         logits = head(params, hidden, config=config)
         return jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), cache

@@ -144,6 +144,7 @@ def table(result: dict[str, Any]) -> str:
     columns = "".join(f"{kind:>10}" for kind in kinds)
     kept = f", {result['quantize']}" if result["quantize"] else ""
     exact = ", exact mode" if result["exact"] else ""
+    exact += "" if result["verifier"] == "auto" else f", verifier {result['verifier']}"
     lines = [
         f"{result['model']}, {result['dtype']}{kept}{exact}, on {result['device']}: greedy answers"
         f" of up to {result['max_tokens']} tokens, medians of {result['runs']} runs",

@@ -30,26 +30,26 @@ class FallbackDrafter(Drafter, kw_only=True):
         """Those of the first, then those of the second."""
         return (*self.first.kinds, *self.second.kinds)
 
-    def _parts(self) -> tuple[Drafter, Drafter]:
-        # Of a fixed length: how much is offered is the pair's to choose, not theirs.
+    def parts(self) -> tuple[Drafter, Drafter]:
+        """Both, of a fixed length: how much is offered is the pair's to choose, not theirs."""
         return tuple(d.replace(num_draft=self.max_draft) for d in (self.first, self.second))
 
     def init(self, batch: int, capacity: int) -> Any:
         """Both states."""
-        return tuple(drafter.init(batch, capacity) for drafter in self._parts())
+        return tuple(drafter.init(batch, capacity) for drafter in self.parts())
 
     def observe(
         self, state: Any, context: History, num_new: jax.Array, hidden: jax.Array | None
     ) -> Any:
         """Both look on."""
-        parts = zip(self._parts(), state, strict=True)
+        parts = zip(self.parts(), state, strict=True)
         return tuple(drafter.observe(own, context, num_new, hidden) for drafter, own in parts)
 
     def propose(
         self, state: Any, context: History, rows: SamplingRows, want: jax.Array, keys: jax.Array
     ) -> tuple[Draft, Any]:
         """See Drafter. The second is asked for no tokens where the first has some."""
-        first, second = self._parts()
+        first, second = self.parts()
         a, one = first.propose(state[0], context, rows, want, keys)
         has = a.num > 0
         b, two = second.propose(state[1], context, rows, jnp.where(has, 0, want), keys)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+import jax
+import numpy as np
+
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.round import Plan
@@ -32,6 +35,16 @@ class Speculation:
             raise InvalidArgument(
                 f"drafter={self.drafter!r:.60}: give a jaxinfer.speculative.Drafter, a name or None"
             )
+        for field in dataclasses.fields(self.drafter):
+            name = f"{type(self.drafter).__name__}.{field.name}"
+            held = jax.tree.leaves(getattr(self.drafter, field.name))
+            if field.metadata.get("pytree_node", True):
+                if not all(hasattr(x, "dtype") or isinstance(x, int | float) for x in held):
+                    raise InvalidArgument(
+                        f"{name}: is no array: declare it with jaxinfer.speculative.static"
+                    )
+            elif any(isinstance(x, jax.Array | np.ndarray) for x in held):
+                raise InvalidArgument(f"{name}: holds an array: declare it without static")
         if self.verifier not in get_args(Verifier):
             choices = ", ".join(get_args(Verifier))
             raise InvalidArgument(f"verifier={self.verifier!r}: one of {choices}")
