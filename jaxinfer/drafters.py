@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.batch import Model
 from jaxinfer.checkpoint.placement import keep_params
@@ -84,6 +85,7 @@ def make_drafter(wanted: Any, model: Model, tokenizer: Tokenizer) -> Drafter:
     if own := as_self(wanted):
         return self_drafter(model, own).replace(num_draft=own.num_draft)
     if isinstance(wanted, Drafter):
+        _check_fields(wanted)
         return wanted
     if wanted in ("auto", "ngram"):  # lookup costs next to nothing, and switches itself off
         return NGramDrafter()
@@ -149,6 +151,21 @@ def self_drafter(model: Model, wanted: SelfDrafter) -> ModelDrafter:
         dtype=model.dtype,
         kernels=model.kernels(),
     )
+
+
+def _check_fields(drafter: Drafter) -> None:
+    """Refuse a field that is declared the wrong way round: what is no array cannot be an argument
+    of the compiled loop, and an array cannot be a part of it."""
+    for field in dataclasses.fields(drafter):
+        name = f"{type(drafter).__name__}.{field.name}"
+        held = jax.tree.leaves(getattr(drafter, field.name))
+        if field.metadata.get("pytree_node", True):
+            if not all(hasattr(x, "dtype") or isinstance(x, int | float) for x in held):
+                raise InvalidArgument(
+                    f"{name}: is no array: declare it with jaxinfer.speculative.static"
+                )
+        elif any(isinstance(x, jax.Array | np.ndarray) for x in held):
+            raise InvalidArgument(f"{name}: holds an array: declare it without static")
 
 
 def check_drafter(

@@ -283,10 +283,10 @@ class LLM:
         capacity = capacity_of(rows, speculation)
         leaves, structure = jax.tree.flatten(speculation.drafter)
         key: Any = (structure, tuple(map(jnp.shape, leaves)), plan, size)
-        if (
-            speculation.drafter.num_draft == "auto"
-        ):  # all of the cache is read, so it has its price;
-            key = (*key, capacity)  # a batch that grows keeps the prices that it began with
+        # A length is chosen by the price of a round, and a round reads all of the cache. A batch
+        # that grows keeps the prices that it began with.
+        if speculation.drafter.num_draft == "auto":
+            key = (*key, capacity)
         if key not in self._costs:
             check_drafter(self.model, speculation, size, capacity, self.max_len)
             # Processes that judged by times of their own would run different programs.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from jaxinfer import steps
 from jaxinfer.bench import audit, peers, plot, speed
 from jaxinfer.bench.prompts import PROMPTS, read_prompts
 from jaxinfer.bench.speed import Answer
@@ -223,14 +224,24 @@ def test_audit_finds_a_wrong_verifier(audited, monkeypatch):
         assert fault in out.splitlines()[-1]
 
 
-def test_margins_and_noise_are_those_of_the_logits():
+def test_margins_and_noise_are_those_of_the_logits(monkeypatch):
     llm = tiny_llm()
     text = llm.tokenizer.encode("abcabcabcabd")
     logits = np.sort(np.asarray(llm.forward(text[:-1]).logits[0, len(text) - 2]))
+    sizes, step = set(), steps.logits_and_states
+    monkeypatch.setattr(
+        steps,
+        "logits_and_states",
+        lambda params, tokens, *rest, **how: (
+            sizes.add(len(tokens)) or step(params, tokens, *rest, **how)
+        ),
+    )
     for rows in (1, 8):
+        sizes.clear()
         margin, noise = audit._margin_and_noise(llm, text, 5, (1, 2, 8), rows)
         assert margin == pytest.approx(float(logits[-1] - logits[-2]), abs=1e-4)
         assert 0 < noise < 1e-4  # float32 rounds differently at another width
+        assert sizes == {rows}
 
 
 def test_noise_is_that_of_the_batch_that_answered(monkeypatch):
@@ -240,8 +251,9 @@ def test_noise_is_that_of_the_batch_that_answered(monkeypatch):
     other = [dataclasses.replace(o, token_ids=[1 + o.token_ids[0]]) for o in plain]
     answers = iter((plain, other))
     monkeypatch.setattr(audit, "_answers", lambda *_, **__: next(answers))
-    note = lambda llm, text, prompt, widths, rows: asked.append((widths, rows)) or (0.0, 1.0)  # noqa: E731
-    monkeypatch.setattr(audit, "_margin_and_noise", note)
+    monkeypatch.setattr(
+        audit, "_margin_and_noise", lambda llm, text, at, *which: asked.append(which) or (0.0, 1.0)
+    )
     drafter = llm.speculation("ngram", 3).drafter
     audit.greedy(llm, drafter, [[41]] * 5, batch=4, max_tokens=1, exact=False)
     assert asked == [((1, 4), 4)] * 4 + [((2, 4), 1)]

@@ -15,7 +15,15 @@ from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, LastToken, drafter, ids
 from jaxinfer.config import LayerConfig
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
-from jaxinfer.sampling import History, SamplingParams, greedy_rows
+from jaxinfer.sampling import (
+    History,
+    SamplingParams,
+    choose,
+    greedy_rows,
+    probabilities,
+    sampling_rows,
+)
+from jaxinfer.speculative import model_drafter
 from jaxinfer.speculative.drafter import Drafter, static
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.ngram import NGramDrafter
@@ -68,6 +76,27 @@ def test_a_drafter_that_is_the_target_is_right_in_every_row(llm):
     for prompts in ([[41]], [[1], [2, 3], [7] * 20, [9], [4, 4, 1], [41], [8], [30, 2]]):
         for o in llm.generate(prompts, GREEDY, drafter=found, verifier="rejection"):
             assert o.stats.accepted == o.stats.drafted > 20
+
+
+def test_what_a_model_drafter_draws_from_is_what_it_tells(monkeypatch):
+    """Of a model in bfloat16 too, to the bit: drawn as rounded and judged as not, a draft would
+    bias `rejection` by less than draws can show."""
+    llm, drawn = tiny_llm(dtype="bfloat16"), []
+    found = llm.speculation(tiny_llm(seed=4, dtype="bfloat16"), num_draft=3).drafter
+    tokens, lengths = jnp.zeros((1, 16), jnp.int32), jnp.asarray([5], jnp.int32)
+    context, params = History(tokens, lengths, lengths), SamplingParams(temperature=0.9)
+    rows = sampling_rows([params], samples=[0], seeds=[1], stop_ids=[()], vocab_limit=64)
+    keys = jax.random.split(jax.random.key(0), (1, 3))
+
+    def choose_and_note(scores, *rest):
+        drawn.append(probabilities(scores, rows))
+        return choose(scores, *rest)
+
+    monkeypatch.setattr(model_drafter, "choose", choose_and_note)
+    with jax.disable_jit():
+        draft, _ = found.propose(found.init(1, 16), context, rows, jnp.asarray([3]), keys)
+    assert len(drawn) == 3
+    np.testing.assert_array_equal(draft.probs, jnp.concatenate(drawn, axis=1))
 
 
 class Afresh(Drafter, kw_only=True):
@@ -154,7 +183,7 @@ def test_the_model_drafts_for_itself(llm):
     assert some.params["layer_0"] is llm.params["layer_1"]
     both = llm.speculation(SelfDrafter(layers=(1,), quantize="int8")).drafter
     assert both.config == some.config
-    assert llm.speculation("self:int8").drafter is not llm.speculation("self").drafter
+    assert weights("self") is llm.params["layer_1"]
     for found in (SelfDrafter(layers=(1,)), SelfDrafter(quantize="int8")):
         out = llm.generate("abcabc", GREEDY, drafter=found, num_draft=3)
         assert out.token_ids == llm.generate("abcabc", GREEDY).token_ids
@@ -300,6 +329,14 @@ class Boastful(LastToken, kw_only=True):
         return (1.5,)
 
 
+class Sure(LastToken, kw_only=True):
+    """Has one kind, and does not say so in a tuple."""
+
+    @property
+    def kinds(self):
+        return 0.5
+
+
 class Half(LastToken, kw_only=True):
     """Forgets its state."""
 
@@ -316,6 +353,7 @@ class Empty(Drafter, kw_only=True):
     [
         (Boastful, r"Boastful.kinds=\(1.5,\)"),
         (Half, r"Half.propose: must return \(Draft, state\)"),
+        (Sure, "Sure.kinds=0.5: a tuple of shares"),
         (Empty, "Empty.propose is missing"),
         (lambda: NGramDrafter(max_ngram=2, min_ngram=3), "1 <= min_ngram <= max_ngram"),
         (lambda: FallbackDrafter(first="ngram", second="nobody"), "drafter='nobody'"),

@@ -186,13 +186,17 @@ def test_prices_are_those_of_the_capacity(llm, monkeypatch):
 
     def measure(model, speculation, batch, capacity):
         asked.append((batch, capacity))
-        return Costs((1.0, 1.2, 1.4, 1.6), (0.0, 0.1))
+        widths = speculation.plan(1).widths
+        return Costs(tuple(1 + w / 10 for w in widths), (0.0, 0.1))
 
     monkeypatch.setattr("jaxinfer.generate.measure", measure)
     again = LLM(llm.params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
     for length in (8, 200, 9):
         again.generate("a" * length, max_tokens=4, drafter="ngram")
-    assert asked == [(1, 128), (1, 256)]
+        again.generate(
+            "a" * length, max_tokens=4, drafter="ngram", num_draft=3
+        )  # nothing to choose
+    assert asked == [(1, 128), (1, 128), (1, 256)]
 
 
 def test_a_round_is_as_wide_as_its_longest_draft(llm):

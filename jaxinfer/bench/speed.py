@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxinfer import steps
-from jaxinfer.batch import Model
+from jaxinfer.batch import Model, capacity_of
 from jaxinfer.cache import KVCache, cache_bytes
 from jaxinfer.calibrate import measure
 from jaxinfer.config import ModelConfig
@@ -213,20 +213,17 @@ def verify_costs(llm: LLM, capacity: int, exact: bool = False) -> dict[int, floa
 
 def alone(llm: LLM, max_tokens: int, exact: bool) -> System:
     """The model without the library: a forward, its logits and the likeliest token, again and again
-    in one program, as many tokens as the answer has, on caches and of a width as plain decoding has
-    them."""
-    model = llm.model
-    rows, lengths = model.rows(1), dict[tuple[int, ...], int]()
+    in one program, as many tokens as the plain answer has, on caches and of a width as it had."""
+    model, params = llm.model, SamplingParams(max_tokens=max_tokens)
+    rows, plain = model.rows(1), llm.speculation(None, exact=exact)
+    lengths = dict[tuple[int, ...], int]()  # of the answers, by prompt
 
     def run(ids: list[int]) -> Answer:
         if tuple(ids) not in lengths:
-            out = llm.generate(
-                ids, SamplingParams(max_tokens=max_tokens), drafter=None, exact=exact
-            )
+            out = llm.generate(ids, params, drafter=None, exact=exact)
             lengths[tuple(ids)] = len(out.token_ids)
         at, end = len(ids), len(ids) + lengths[tuple(ids)]
-        most = min(at + max_tokens, llm.max_len)
-        capacity, seconds = steps.capacity_for(most if exact else min(most, at + 64)), 0.0
+        capacity, seconds = capacity_of(llm._requests([ids], params, {}), plain), 0.0
         while at < end:
             count = min(end, capacity) - at
             cache = model.new_cache(rows, capacity, exact=exact)

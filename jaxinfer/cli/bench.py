@@ -117,6 +117,7 @@ def run(values: flags.FlagValues) -> None:
     result = {
         "model": values.model,
         "quantize": values.quantize,
+        "num_draft": values.num_draft,
         "load_seconds": load_seconds,
         **measured,
     }
@@ -143,10 +144,11 @@ def table(result: dict[str, Any]) -> str:
     wide = max(map(len, result["systems"])) + 2
     columns = "".join(f"{kind:>10}" for kind in kinds)
     kept = f", {result['quantize']}" if result["quantize"] else ""
-    exact = ", exact mode" if result["exact"] else ""
-    exact += "" if result["verifier"] == "auto" else f", verifier {result['verifier']}"
+    how = ", exact mode" if result["exact"] else ""
+    if result["verifier"] != "auto":
+        how += f", verifier {result['verifier']}"
     lines = [
-        f"{result['model']}, {result['dtype']}{kept}{exact}, on {result['device']}: greedy answers"
+        f"{result['model']}, {result['dtype']}{kept}{how}, on {result['device']}: greedy answers"
         f" of up to {result['max_tokens']} tokens, medians of {result['runs']} runs",
         "",
         f"{'tokens/s':<{wide}}{columns}   spread of all",

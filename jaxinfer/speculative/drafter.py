@@ -7,7 +7,6 @@ A new one subclasses `Drafter` and writes `propose`; one with a memory of its ow
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -40,19 +39,12 @@ class Drafter(struct.PyTreeNode, kw_only=True):
     num_draft: int | Literal["auto"] = struct.field(pytree_node=False, default="auto")
 
     def __init_subclass__(cls, **options: Any) -> None:
-        own = cls.__dict__.get("num_draft")
-        annotated = "num_draft" in inspect.get_annotations(cls)
-        super().__init_subclass__(**options)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        length = fields.get("num_draft")
-        if (
-            (own is not None and not annotated)
-            or not length
-            or length.metadata.get("pytree_node", True)
-        ):
+        length = cls.__dict__.get("num_draft", static(None))
+        if not isinstance(length, dataclasses.Field) or length.metadata.get("pytree_node", True):
             raise InvalidArgument(
                 f"{cls.__name__}.num_draft: write `num_draft: int = static(3)`, it is compiled in"
             )
+        super().__init_subclass__(**options)
 
     @property
     def max_draft(self) -> int:

@@ -9,7 +9,7 @@ from jaxinfer.speculative.drafter import Drafter, static
 
 
 class SelfDrafter(Drafter, kw_only=True):
-    """What `LLM.speculation` makes a ModelDrafter of that shares the model's weights.
+    """What `LLM.speculation` makes a ModelDrafter of, with the model's own weights or fewer bits.
 
     "self" is `SelfDrafter()`, "self:int8" is `SelfDrafter(quantize="int8")`.
     """
