@@ -121,16 +121,16 @@ def test_a_real_model_over_a_cache_in_int8():
     rows = quality.stretches(llm, own_text(), 512)
 
     @jax.jit
-    def step(cache, tokens):
+    def step(params, cache, tokens):  # weights as constants of the program would take gigabytes
         num_new = jnp.full((len(tokens),), tokens.shape[1])
-        hidden, cache = forward(llm.params, tokens, num_new, cache, config=llm.config)
-        return cache, jax.nn.log_softmax(head(llm.params, hidden, config=llm.config))
+        hidden, cache = forward(params, tokens, num_new, cache, config=llm.config)
+        return cache, jax.nn.log_softmax(head(params, hidden, config=llm.config))
 
     def read(store):
         cache = with_cache(llm, store).model.new_cache(*rows.shape)
         assert cache.kernels.whole
         for a in range(0, rows.shape[1], 8):
-            cache, logp = step(cache, rows[:, a : a + 8])
+            cache, logp = step(llm.params, cache, rows[:, a : a + 8])
             yield logp
 
     found = [
