@@ -41,7 +41,7 @@ class New(NamedTuple):
 class Model:
     """Weights and what is needed to run them."""
 
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     config: ModelConfig
     dtype: jnp.dtype  # of activations, and of the cache unless `store` says otherwise
     layout: Layout

@@ -56,7 +56,7 @@ def load(
       mesh: spreads the weights, see `make_mesh`; None: one device.
       rules: what lies along which axis of the mesh, instead of `sharding.RULES`: {"hidden": None}
         leaves hidden widths whole. A drafter given by name lies like the model, in the same dtype
-        and recipe, but rounded to nearest.
+        and recipe, but rounded to nearest; one that was saved quantized stays as it is.
       quantize: None, or how matrices are kept: "int8", "int4", "int2", "fp8", "w8a8" (int8, and
         activations too), rules by name, or "stored", the blocks of a GGUF file; see `recipes`.
       calibration: a list of texts whose activations say how to round, by GPTQ, and for w8a8 how
@@ -82,7 +82,7 @@ def load(
         raise InvalidArgument(f"max_len={max_len}: must be 2 or more")
     from jaxinfer.checkpoint import hub
     from jaxinfer.checkpoint.load import load_checkpoint
-    from jaxinfer.checkpoint.orbax import is_orbax, stored_dtype
+    from jaxinfer.checkpoint.orbax import is_orbax, is_quantized, stored_dtype
 
     # What can be refused now is refused before anything is fetched or read.
     Speculation(NGramDrafter(num_draft="auto" if num_draft is None else num_draft), verifier, exact)
@@ -107,12 +107,13 @@ def load(
         stored_dtype(path) if dtype is None and is_orbax(path) else dtype, layout.platform
     )
     if isinstance(drafter, str | Path) and not is_name(drafter):
+        small = hub.resolve(str(drafter), cache=folder)
         drafter = load(
             drafter,
             dtype=kind,
             mesh=mesh,
             rules=rules,
-            quantize=quantize,
+            quantize=None if is_orbax(small) and is_quantized(small) else quantize,
             kernels=kernels,
             cache_dtype=cache_dtype,
             cache_dir=cache_dir,

@@ -252,6 +252,17 @@ def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
         load(folder, quantize="int8")
 
 
+def test_a_drafter_that_was_saved_quantized_stays_so(checkpoint, tmp_path):
+    save_orbax(tmp_path / "model", checkpoint)
+    save_orbax(tmp_path / "small", quantized(checkpoint, "int4:g8"))
+    llm = load(tmp_path / "model", quantize="int8", drafter=tmp_path / "small")
+    schemes = [
+        params["embed"]["table"].scheme.bits
+        for params in (llm.params, llm.speculation().drafter.params)
+    ]
+    assert schemes == [8, 4]
+
+
 @pytest.mark.parametrize(
     "change",
     [

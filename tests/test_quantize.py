@@ -28,6 +28,7 @@ from jaxinfer.quantize import (
     widen,
 )
 from jaxinfer.recipes import make_recipe, read_scheme
+from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import ONE_DEVICE
 from jaxinfer.speculative.fallback import FallbackDrafter
 from jaxinfer.speculative.self_drafter import SelfDrafter
@@ -152,14 +153,20 @@ def test_a_block_of_gguf_is_what_gguf_reads(name):
     np.testing.assert_allclose(got.reshape(want.shape) / largest, want / largest, atol=1e-5)
 
 
-def test_a_quantized_model_drafts_for_itself_without_a_change():
+# One of each way to multiply: by two digits, packed or not, by floats, by one digit.
+@pytest.mark.parametrize("text", ["embed=int8,attn/=none,int4:g16", "int8", "fp8", "w8a8"])
+def test_a_quantized_model_drafts_for_itself_without_a_change(text):
+    """In exact mode, bit for bit against the same quantized model."""
     one = tiny_llm(layers=tiny_config().layers * 2)
-    llm = quantized(one, "int8")
-    assert llm.nbytes < 0.4 * one.nbytes
-    options = {"max_tokens": 16, "temperature": 0, "ignore_eos": True, "exact": True}
-    plain = llm.generate(["abc", "hello there"], **options)
-    drafted = llm.generate(["abc", "hello there"], drafter="self", num_draft=3, **options)
+    llm = quantized(one, text)
+    assert llm.nbytes < 0.6 * one.nbytes
+    prompts, options = ["abc", "hello there"], {"max_tokens": 16, "ignore_eos": True, "logprobs": 1}
+    params = [SamplingParams(**options), SamplingParams(**options, temperature=1.0, seed=3)]
+    plain = llm.generate(prompts, params, exact=True)
+    drafted = llm.generate(prompts, params, exact=True, drafter="self", num_draft=3)
+    assert [o.logprobs for o in drafted] == [o.logprobs for o in plain]
     assert [o.token_ids for o in drafted] == [o.token_ids for o in plain]
+    assert all(o.stats.drafted > 0 for o in drafted)
 
 
 def test_a_model_in_eight_bits_drafts_for_itself():

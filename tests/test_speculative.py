@@ -59,6 +59,7 @@ def test_exact_mode_over_all_of_them(name, num_draft, dtype):
             want = llm.generate(prompts, params, exact=True, logprobs=1)
             got = llm.generate(prompts, params, exact=True, drafter=found, logprobs=1)
             assert [o.logprobs for o in got] == [o.logprobs for o in want]
+    jax.clear_caches()  # the programs of all cases are more than one process can hold
 
 
 def test_end_tokens_inside_an_accepted_block(llm):

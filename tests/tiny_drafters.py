@@ -23,7 +23,7 @@ PROMPTS = [
 ]
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 WARM = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.9, top_p=0.9, seed=5)
-NAMES = ["ngram", "user", "same", "other", "self", "fallback"]
+NAMES = ["ngram", "user", "same", "other", "self", "self:int8", "fallback", "other vocabulary"]
 
 
 class LastToken(Drafter, kw_only=True):
@@ -46,6 +46,8 @@ def drafter(name, llm, num_draft):
         "same": llm.speculation(llm).drafter,
         "other": model,
         "self": llm.speculation(SelfDrafter(layers=(0,))).drafter,
+        "self:int8": llm.speculation("self:int8").drafter,
+        "other vocabulary": llm.speculation(tiny_llm(llm.config.vocab_size - 9, seed=4)).drafter,
         "fallback": FallbackDrafter(first=NGramDrafter(), second=model),
     }[name]
     return found.replace(num_draft=num_draft)

@@ -87,6 +87,11 @@ def stored_dtype(folder: Path) -> str:
     return Fields(read_json(folder / DESCRIPTION), DESCRIPTION).choice("dtype", None, names)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether the weights were saved in few bits."""
+    return bool(Fields(read_json(folder / DESCRIPTION), DESCRIPTION).get("quantized", {}))
+
+
 def load_orbax(
     folder: Path, *, dtype: jnp.dtype, layout: Layout, quantize: Recipe | None = None
 ) -> Checkpoint:
