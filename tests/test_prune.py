@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.bench.prompts import own_text
 from jaxinfer.cli.main import main
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
@@ -111,3 +112,20 @@ def test_a_quantized_model_is_refused(llm):
 def test_the_command_refuses_before_it_loads(flags, said, capsys):
     assert main(["jaxinfer", "prune", "--model=no-such-model", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_real_model_is_pruned_and_compared(tmp_path, capsys):
+    text, small = tmp_path / "text.txt", tmp_path / "small"
+    text.write_text(own_text()[:8000])
+    assert (
+        main(["jaxinfer", "prune", "--drop_layers=3", f"--text={text}", f"--output={small}"]) == 0
+    )
+    assert "27 of 30 layers" in capsys.readouterr().err
+    flags = [f"--text={text}", "--tokens=512", "--runs=0"]
+    assert main(["jaxinfer", "quality", *flags, f"--other={small}"]) == 0
+    _, whole, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (whole[0], row[0]) == ("float32", "small")
+    assert 0.88 < float(row[1]) / float(whole[1]) < 0.95  # bytes
+    assert 1 < float(row[2]) / float(whole[2]) < 3  # perplexity
+    assert main(["jaxinfer", "quality", *flags, f"--other={tmp_path / 'nobody'}"]) == 2
+    assert "nobody" in capsys.readouterr().err

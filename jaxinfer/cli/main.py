@@ -33,6 +33,18 @@ HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that argv[1] names; its exit code, or 2 for bad input."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone: not a fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: Sequence[str]) -> int:
     if len(argv) < 2 or argv[1] in HELP:
         print((__doc__ or "").strip())
         return 0 if len(argv) >= 2 else 2
@@ -60,11 +72,6 @@ def main(argv: Sequence[str]) -> int:
             return command.run(values) or 0
     except (flags.Error, JaxinferError) as error:
         return _complain(str(error))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of stdout has gone: not a fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _run_together(command: Any, values: flags.FlagValues) -> int:

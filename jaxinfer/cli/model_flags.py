@@ -105,7 +105,7 @@ def load_drafter(llm: Any, name: str, num_draft: str, quantize: str | None) -> A
 
 
 def load_model(values: flags.FlagValues, **options: Any) -> Any:
-    """The LLM that the flags name; `options` of `load` that say otherwise win."""
+    """The LLM that the flags name; `options` of `load`, `name` among them, win."""
     import jax
 
     import jaxinfer
@@ -122,13 +122,13 @@ def load_model(values: flags.FlagValues, **options: Any) -> Any:
         ) from error
     if "mesh" in values:
         options["mesh"] = make_mesh(values.mesh)
-    named: dict[str, Any] = {
+    named: dict[str, Any] = {"name": values.model} | {
         name: values[name].value
         for name in ("dtype", "quantize", "kernels", "max_len", "cache_dtype")
     }
     if values.calibrate is not None:
         named["calibration"] = [read_text(values.calibrate)]
-    return jaxinfer.load(values.model, **(named | options))
+    return jaxinfer.load(**(named | options))
 
 
 def read_text(path: str) -> str:

@@ -1,16 +1,19 @@
-"""jaxinfer quality: what quantizing costs, and what it gains.
+"""jaxinfer quality: what quantizing and pruning cost, and what they gain.
 
 jaxinfer quality --quantize=int8 --quantize=int4 --plot=quality.png
 jaxinfer quality --model=gemma-3-270m --quantize='embed=int8,int4:g64' --text=book.txt
+jaxinfer quality --other=pruned --other=converted
 
-Each recipe is compared with the model in float32, on text: perplexity, KL divergence of next-token
-distributions, how often both would choose the same token, bytes, and tokens a second.
+Each recipe, and each other model that was made from this one, is compared with it in float32, on
+text: perplexity, KL divergence of next-token distributions, how often both would choose the same
+token, bytes, and tokens a second.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags on `values`."""
     define_model_flags(values, many=True)
     to: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_multi_string("other", [], "A model made from it, such as a pruned one.", **to)
     flags.DEFINE_string("text", None, "A text file; default: Python's own documentation.", **to)
     flags.DEFINE_integer("tokens", 4096, "How much of it is read.", lower_bound=64, **to)
     flags.DEFINE_integer("runs", 3, "Runs of each model for its speed; 0: none.", **to)
@@ -53,7 +57,7 @@ def run(values: flags.FlagValues) -> None:
         plot.draw_quality([])  # before anything is measured: fails where it will fail
 
     text = own_text() if values.text is None else read_text(values.text)
-    recipes = values.quantize or list(DEFAULT)
+    recipes = values.quantize or ([] if values.other else list(DEFAULT))
     made = [make_recipe(recipe, "cpu") for recipe in recipes]  # before anything is measured
     if values.calibrate is not None:
         if any(recipe and recipe.stored for recipe in made):
@@ -68,9 +72,9 @@ def run(values: flags.FlagValues) -> None:
     rows = quality.stretches(reference, text, values.tokens)
     found = [_row("float32", reference, {})]
     print(HEAD, flush=True)
-    for recipe in recipes:
-        other = load_model(values, quantize=recipe)
-        row = _row(recipe, other, quality.summary(quality.compare(reference, other, rows)))
+    for name, options in _others(recipes, values.other):
+        other = load_model(values, **options)
+        row = _row(name, other, quality.summary(quality.compare(reference, other, rows)))
         if values.runs:
             row |= quality.speed(reference, other, rows[0][:32].tolist(), values.runs)
         if len(found) == 1:  # the text's own perplexity is known now
@@ -85,6 +89,15 @@ def run(values: flags.FlagValues) -> None:
     if values.plot:
         plot.draw_quality(found, values.plot)
         print(f"picture: {values.plot}", file=sys.stderr)
+
+
+def _others(recipes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """A row's name, and how its model is loaded."""
+    by_recipe = [(recipe, {"quantize": recipe}) for recipe in recipes]
+    by_path = [
+        (Path(path).name, {"name": path, "quantize": None, "calibration": None}) for path in paths
+    ]
+    return by_recipe + by_path
 
 
 def _row(name: str, llm: Any, figures: dict[str, Any]) -> dict[str, Any]:
