@@ -34,7 +34,7 @@ HELP = ("-h", "--h", "-help", "--help", "--helpshort", "--helpfull")
 def main(argv: Sequence[str]) -> int:
     """Run the command that argv[1] names; its exit code, or 2 for bad input."""
     try:
-        code = _run(argv)
+        code = _dispatch(argv)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
 
-def _run(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str]) -> int:
     if len(argv) < 2 or argv[1] in HELP:
         print((__doc__ or "").strip())
         return 0 if len(argv) >= 2 else 2

@@ -60,6 +60,8 @@ def run(values: flags.FlagValues) -> None:
     recipes = values.quantize or ([] if values.other else list(DEFAULT))
     made = [make_recipe(recipe, "cpu") for recipe in recipes]  # before anything is measured
     if values.calibrate is not None:
+        if not recipes:
+            raise InvalidArgument("--calibrate rounds what --quantize names: name one")
         if any(recipe and recipe.stored for recipe in made):
             raise InvalidArgument(
                 "--calibrate does not go with --quantize=stored, which keeps blocks"
