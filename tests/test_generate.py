@@ -372,3 +372,8 @@ def test_exact_mode_says_the_same_up_to_the_last_slot_of_the_cache():
     prompt, options = [1 + i % 60 for i in range(100)], {"temperature": 0, "ignore_eos": True}
     plain = llm.generate(prompt, max_tokens=28, **options)
     assert llm.generate(prompt, max_tokens=28, exact=True, **options).token_ids == plain.token_ids
+
+
+def test_a_model_shows_itself_without_its_weights():
+    assert "values=" not in repr(tiny_llm().model)
+    assert "array" not in repr(tiny_llm().model).lower()

@@ -63,3 +63,8 @@ def test_the_command(tmp_path, capsys):
     assert stored["bytes"] < 0.19 * whole["bytes"]
     assert picture.stat().st_size > 5000
     assert draw_quality(rows).axes[0].get_xlabel()
+
+
+def test_calibrating_without_a_recipe_is_refused(capsys):
+    assert main(["jaxinfer", "quality", "--other=made", "--calibrate=own"]) == 2
+    assert "what --quantize names" in capsys.readouterr().err
