@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.digits import split
 
 FP8 = jnp.float8_e4m3fn
-FEW_ROWS = 64  # of a product by digits where a weight lies in groups; for more it is widened
+FEW_ROWS = 8  # of a product by digits where a weight lies in groups; for more it is widened
 CLIPS = 24  # scales that rounding to few bits tries: 1, 0.98, 0.96, ... of what holds all
 
 
@@ -37,6 +40,10 @@ class Scheme:
     """How an activation enters a product: 0, as the float that it is; 1, rounded to int8 with a
     scale a token (arXiv 2206.01861); 2, as two int8 numbers, which together hold 15 bits. Whole
     numbers are what XLA:CPU multiplies fast."""
+    apart: bool = False
+    """Whether a product is a routine of its own, which XLA cannot begin before its activation is
+    there. Weights are there from the beginning: XLA:CPU would unpack those of all layers first,
+    into 400 MB where one matrix after the other takes 4, and out of the processor's cache again."""
 
     @property
     def in_byte(self) -> int:
@@ -240,8 +247,21 @@ def _product(x: jax.Array, w: Quantized) -> jax.Array:
     groups, _, size = w.values.shape
     rows = x.reshape(-1, groups, size)  # [R,G,I]
     few = len(rows) <= FEW_ROWS or groups == 1 or w.scheme.digits == 1  # one is not the float
-    y = _by_digits(rows, w) if w.scheme.digits and few else _by_floats(rows, w)
+    if w.scheme.digits and few:
+        *digits, unit = split(rows.astype(jnp.float32), (1, 2))
+        stacked = jnp.concatenate(digits[: w.scheme.digits])
+        if len(stacked) == 1:  # one row is XLA:CPU's slow path, two are its fast one
+            stacked = jnp.concatenate([stacked, stacked])
+        y = _run(_by_digits, stacked, w)[: len(rows)] * unit[:, 0]
+    else:
+        y = _run(_by_floats, rows, w)
     return y.reshape(*x.shape[:2], -1)
+
+
+def _run(product: Callable[..., jax.Array], x: jax.Array, w: Quantized) -> jax.Array:
+    if not w.scheme.apart:
+        return product(x, w)
+    return set_xla_metadata(jax.jit(product)(x, w), inlineable="false")
 
 
 def _by_floats(x: jax.Array, w: Quantized) -> jax.Array:
@@ -254,52 +274,75 @@ def _by_floats(x: jax.Array, w: Quantized) -> jax.Array:
 
 
 def _by_digits(x: jax.Array, w: Quantized) -> jax.Array:
-    """x [R,G,I] times a weight, by products of whole numbers alone: [R,O].
+    """x [n*R,G,I] int8 times a weight, by products of whole numbers alone: [R,O] f32.
 
-    A product with either digit is exact, and both are rows of one product.
+    A product with a digit is exact. Where an activation has two, those of the second are the rows
+    behind, so that both are one product.
     """
-    *digits, unit = split(x.astype(jnp.float32), (1, 2))
-    count, stacked = len(x), jnp.concatenate(digits[: w.scheme.digits])
-    if len(stacked) == 1:  # one row is XLA:CPU's slow path, two are its fast one
-        stacked = jnp.concatenate([stacked, stacked])
 
-    def joined(y: jax.Array) -> jax.Array:
+    def joined(y: jax.Array) -> jax.Array:  # [G,n*R,O] -> [G,R,O] f32
         y = y.astype(jnp.float32)
-        return y[:count] + y[count : 2 * count] / 254 if w.scheme.digits == 2 else y[:count]
+        if w.scheme.digits == 1:
+            return y
+        first, second = jnp.split(y, 2, axis=1)
+        return first + second / 254
 
-    y = jnp.sum(joined(_whole_products(stacked, w)) * w.scale, axis=1)
+    p = w.scheme.in_byte
+    parts = [
+        _sum_groups(joined(y) * w.scale[:, None, k::p]) for k, y in enumerate(_whole_products(x, w))
+    ]
+    y = jnp.stack(parts, axis=-1).reshape(len(parts[0]), -1)
     if w.offset is not None:  # it is added to every weight: times the sum of a group's inputs
-        sums = joined(jnp.sum(stacked, axis=2, dtype=jnp.int32))
-        y += _dot(sums, _middle(w.scale, w.offset, w.scheme), ((1,), (0,)))
-    return y * unit[:, 0]
+        sums = jnp.sum(x, axis=2, dtype=jnp.int32).astype(jnp.float32)  # [n*R,G]
+        y += joined(_dot(sums, _middle(w.scale, w.offset, w.scheme), ((1,), (0,)))[None])[0]
+    return y
 
 
-def _whole_products(x: jax.Array, w: Quantized) -> jax.Array:
-    """Sums [R,G,O] i32 of x [R,G,I] int8 times the codes.
+def _sum_groups(y: jax.Array) -> jax.Array:
+    """The sum over G of [G,R,O].
+
+    As a product with ones, in two rows: XLA:CPU's reduction takes six times as long, and one row
+    twice as long to compile.
+    """
+    if len(y) == 1:
+        return y[0]
+    ones = jnp.ones((y.shape[1], 2, len(y)))
+    dims = ((2,), (0,)), ((0,), (1,))
+    return jax.lax.dot_general(ones, y, dims, jax.lax.Precision.HIGHEST)[:, 0]
+
+
+def _whole_products(x: jax.Array, w: Quantized) -> list[jax.Array]:
+    """Sums [G,R,O/p] i32 of x [R,G,I] int8 times the first code of each byte, the second, ...
 
     A byte is the sum of its codes times powers of two, and so is its product. Bytes with the upper
-    codes masked away give the sums of the lower ones, which are taken off; XLA:CPU masks bytes up
-    to five times faster than it shifts them.
+    codes masked away give the sums of the lower ones, which are taken off.
     """
     p, bits = w.scheme.in_byte, w.scheme.bits
 
-    def times(values: jax.Array) -> jax.Array:  # [G,O/p,I] -> [R,G,O/p]
-        if len(values) == 1:
-            dims: Any = ((2,), (1,)), ((), ())
-            return jax.lax.dot_general(x, values[0], dims, preferred_element_type=jnp.int32)
-        dims = ((2,), (2,)), ((1,), (0,))
-        y = jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.int32)
-        return jnp.moveaxis(y, 0, 1)
+    def times(values: jax.Array) -> jax.Array:  # [G,O/p,I] -> [G,R,O/p]
+        dot = partial(jax.lax.dot_general, preferred_element_type=jnp.int32)
+        if len(values) == 1:  # XLA:CPU is slow with a batch of one
+            return dot(x[:, 0], values[0], (((1,), (1,)), ((), ())))[None]
+        return dot(x, values, (((2,), (2,)), ((1,), (0,))))
 
     if p == 1:
-        return times(w.values)
-    half = (1 << (bits - 1)) * jnp.sum(x.astype(jnp.int32), axis=2)[..., None]  # [R,G,1]
-    parts, below = [], jnp.zeros((), jnp.int32)
+        return [times(w.values)]
+    half = (1 << (bits - 1)) * jnp.sum(x.astype(jnp.int32), axis=2).T[..., None]  # [G,R,1]
+    parts, below = [], jnp.int32(0)
     for k in range(1, p + 1):
         # The top code lies in its byte without the half that the others are raised by.
-        masked = w.values if k == p else w.values & jnp.int8((1 << (bits * k)) - 1)
-        upto = times(masked)
-        part = (upto - below) >> (bits * (k - 1))
+        upto = times(w.values if k == p else _low_bits(w.values, bits * k))
+        part = (upto - below) >> (bits * (k - 1)) if k > 1 else upto
         parts.append(part if k == p else part - half)
         below = upto
-    return jnp.stack(parts, axis=-1).reshape(*x.shape[:2], -1)
+    return parts
+
+
+def _low_bits(values: jax.Array, count: int) -> jax.Array:
+    """The lowest bits of each byte of [G,O/p,I].
+
+    A loop over 32 bytes XLA:CPU unrolls and does byte by byte, over many it does as vectors, in a
+    third of the time. So that they stay many, what masks them must not be fused with the reshape.
+    """
+    flat = jax.jit(jnp.bitwise_and)(values.reshape(len(values), -1), jnp.int8((1 << count) - 1))
+    return set_xla_metadata(flat, inlineable="false").reshape(values.shape)

@@ -65,7 +65,7 @@ class Recipe:
                 f"quantize={self.text:.60}: {found.in_byte} codes a byte do not divide the"
                 f" {outputs} outputs of {path}; int8 would"
             )
-        return with_digits(found, self.platform)
+        return on_platform(found, self.platform)
 
     @property
     def stored(self) -> bool:
@@ -124,11 +124,13 @@ def _changed(scheme: Scheme | None, change: str, text: str) -> Scheme:
     )
 
 
-def with_digits(scheme: Scheme, platform: str) -> Scheme:
+def on_platform(scheme: Scheme, platform: str) -> Scheme:
     """The scheme as a platform multiplies with it: whole numbers are what a CPU is fast with."""
-    if platform != "cpu" or scheme.fp8 or scheme.digits:
+    if platform != "cpu":
         return scheme
-    return dataclasses.replace(scheme, digits=2)
+    digits = scheme.digits if scheme.fp8 or scheme.digits else 2
+    unpacked = scheme.fp8 or scheme.bits < 8 or scheme.group is not None
+    return dataclasses.replace(scheme, digits=digits, apart=unpacked)
 
 
 def read_scheme(fields: dict[str, Any], outputs: int, inputs: int) -> Scheme:
@@ -136,7 +138,7 @@ def read_scheme(fields: dict[str, Any], outputs: int, inputs: int) -> Scheme:
 
     Raises InvalidArgument where they are no scheme, or none of such a matrix.
     """
-    names = {field.name for field in dataclasses.fields(Scheme)}
+    names = {field.name for field in dataclasses.fields(Scheme)} - {"apart"}
     if set(fields) != names:
         raise InvalidArgument(f"fields {sorted(set(map(str, fields)) ^ names)[:3]}")
     scheme = Scheme(**fields)

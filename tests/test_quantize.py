@@ -106,6 +106,25 @@ def test_every_product_is_that_of_the_weights_it_stands_for(w, text, platform, r
     np.testing.assert_array_equal(lookup(table, tokens), widen(table)[tokens])
 
 
+@pytest.mark.parametrize("text", ["int4", "int2", "fp8", "int8:g32"])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_no_weight_is_unpacked_before_its_turn(text, rows):
+    """Else a model of many layers would be in memory unpacked."""
+    w = quantize(jnp.ones((256, 256)), (0,), scheme_of(text, 256, 256))
+
+    def memory(layers):
+        def run(x, weights):
+            for w in weights:
+                x = project(x, w)
+            return x
+
+        weights = [jax.tree.map(jnp.copy, w) for _ in range(layers)]
+        program = jax.jit(run).lower(jnp.ones((1, rows, 256)), weights).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert memory(16) < 1.5 * memory(2)
+
+
 @pytest.mark.parametrize("text", ["int8", "w8a8", "int4:g16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_stays_none(w, text, bad):

@@ -37,7 +37,7 @@ from jaxinfer.distributed import is_first
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.model import Params, param_dtype
 from jaxinfer.quantize import Quantized, pack
-from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, with_digits
+from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, on_platform
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config, head_sources
 from jaxinfer.tokenizer import load_tokenizer, tokenizer_from_gguf
@@ -125,7 +125,7 @@ def stored_schemes(
         kind = file.types[pieces[path].source]
         outputs = matrix_size(spec.shape, spec.inputs)[0] if is_matrix(path) else 0
         if outputs and kind in FORMATS and outputs % FORMATS[kind].scheme.in_byte == 0:
-            found[path] = with_digits(FORMATS[kind].scheme, platform)
+            found[path] = on_platform(FORMATS[kind].scheme, platform)
         elif kind not in NUMBERS and len(spec.shape) > 1:
             others.add(kind)
     if others:

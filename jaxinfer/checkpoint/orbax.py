@@ -34,8 +34,8 @@ from jaxinfer.checkpoint.placement import (
 from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.config import DTYPES, ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
-from jaxinfer.quantize import Quantized
-from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, read_scheme, with_digits
+from jaxinfer.quantize import Quantized, Scheme
+from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, on_platform, read_scheme
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
@@ -136,13 +136,17 @@ def _flat(params: Any) -> dict[str, Any]:
 def _describe(params: Any) -> dict[str, Any]:
     """Path of each quantized weight -> its scheme, as JSON has it."""
     return {
-        path: {
-            **dataclasses.asdict(leaf.scheme),
-            "digits": leaf.scheme.digits % 2,  # two are how this machine multiplies by floats
-        }
+        path: _fields(leaf.scheme)
         for path, leaf in flatten(params).items()
         if isinstance(leaf, Quantized)
     }
+
+
+def _fields(scheme: Scheme) -> dict[str, Any]:
+    """Without what this machine makes of it: `on_platform`."""
+    fields = {**dataclasses.asdict(scheme), "digits": scheme.digits % 2}
+    del fields["apart"]
+    return fields
 
 
 def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Schemes:
@@ -155,7 +159,7 @@ def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Sc
             raise CorruptFile(f"{where}: quantized: {one_line(path)} is no matrix of this config")
         try:
             size = matrix_size(known[path].shape, known[path].inputs)
-            found[path] = with_digits(read_scheme(entry, *size), layout.platform)
+            found[path] = on_platform(read_scheme(entry, *size), layout.platform)
         except InvalidArgument as error:
             raise CorruptFile(f"{where}: quantized: {one_line(path)}: {error}") from error
     return found
