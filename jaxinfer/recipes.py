@@ -133,12 +133,19 @@ def on_platform(scheme: Scheme, platform: str) -> Scheme:
     return dataclasses.replace(scheme, digits=digits, apart=unpacked)
 
 
+def scheme_fields(scheme: Scheme) -> dict[str, Any]:
+    """What a file keeps of a scheme: all but what `on_platform` has made of it."""
+    fields = {**dataclasses.asdict(scheme), "digits": scheme.digits % 2}
+    del fields["apart"]
+    return fields
+
+
 def read_scheme(fields: dict[str, Any], outputs: int, inputs: int) -> Scheme:
-    """The scheme of a matrix from fields that a file holds; believes none of them.
+    """The scheme of a matrix from fields that a file holds (`scheme_fields`); believes none.
 
     Raises InvalidArgument where they are no scheme, or none of such a matrix.
     """
-    names = {field.name for field in dataclasses.fields(Scheme)} - {"apart"}
+    names = set(scheme_fields(Scheme()))
     if set(fields) != names:
         raise InvalidArgument(f"fields {sorted(set(map(str, fields)) ^ names)[:3]}")
     scheme = Scheme(**fields)

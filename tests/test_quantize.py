@@ -27,7 +27,7 @@ from jaxinfer.quantize import (
     unpack,
     widen,
 )
-from jaxinfer.recipes import make_recipe, read_scheme
+from jaxinfer.recipes import make_recipe, read_scheme, scheme_fields
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import ONE_DEVICE
 from jaxinfer.speculative.fallback import FallbackDrafter
@@ -265,4 +265,4 @@ def test_sizes_that_do_not_divide_say_what_would():
     with pytest.raises(InvalidArgument, match=r"4 codes a byte .* 6 outputs of a/kernel; int8"):
         make_recipe("int2:channel", "cpu").scheme("a/kernel", 6, 64)
     with pytest.raises(InvalidArgument, match="no scheme of 6 outputs"):
-        read_scheme(dataclasses.asdict(make_recipe("int4:g8", "tpu").rules[0][1]), 6, 12)
+        read_scheme(scheme_fields(make_recipe("int4:g8", "tpu").rules[0][1]), 6, 12)

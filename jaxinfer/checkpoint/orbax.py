@@ -34,8 +34,16 @@ from jaxinfer.checkpoint.placement import (
 from jaxinfer.checkpoint.source import label, one_line
 from jaxinfer.config import DTYPES, ModelConfig
 from jaxinfer.errors import CorruptFile, InvalidArgument
-from jaxinfer.quantize import Quantized, Scheme
-from jaxinfer.recipes import Recipe, Schemes, is_matrix, matrix_size, on_platform, read_scheme
+from jaxinfer.quantize import Quantized
+from jaxinfer.recipes import (
+    Recipe,
+    Schemes,
+    is_matrix,
+    matrix_size,
+    on_platform,
+    read_scheme,
+    scheme_fields,
+)
 from jaxinfer.sampling import SamplingParams
 from jaxinfer.sharding import Layout, fit_config
 from jaxinfer.tokenizer import load_tokenizer, save_tokenizer
@@ -135,18 +143,8 @@ def _flat(params: Any) -> dict[str, Any]:
 
 def _describe(params: Any) -> dict[str, Any]:
     """Path of each quantized weight -> its scheme, as JSON has it."""
-    return {
-        path: _fields(leaf.scheme)
-        for path, leaf in flatten(params).items()
-        if isinstance(leaf, Quantized)
-    }
-
-
-def _fields(scheme: Scheme) -> dict[str, Any]:
-    """Without what this machine makes of it: `on_platform`."""
-    fields = {**dataclasses.asdict(scheme), "digits": scheme.digits % 2}
-    del fields["apart"]
-    return fields
+    quantized = {p: leaf for p, leaf in flatten(params).items() if isinstance(leaf, Quantized)}
+    return {path: scheme_fields(leaf.scheme) for path, leaf in quantized.items()}
 
 
 def _schemes(values: Any, config: ModelConfig, layout: Layout, where: str) -> Schemes:
