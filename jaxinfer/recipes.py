@@ -125,18 +125,22 @@ def _changed(scheme: Scheme | None, change: str, text: str) -> Scheme:
 
 
 def on_platform(scheme: Scheme, platform: str) -> Scheme:
-    """The scheme as a platform multiplies with it: whole numbers are what a CPU is fast with."""
+    """The scheme as a platform multiplies with it.
+
+    Whole numbers are what a CPU is fast with: two digits of an activation stand for a float. Bytes
+    with a scale an output are multiplied as they lie; all else is unpacked, matrix by matrix.
+    """
     if platform != "cpu":
         return scheme
     digits = scheme.digits if scheme.fp8 or scheme.digits else 2
-    unpacked = scheme.fp8 or scheme.bits < 8 or scheme.group is not None
-    return dataclasses.replace(scheme, digits=digits, apart=unpacked)
+    outlined = scheme.fp8 or scheme.bits < 8 or scheme.group is not None
+    return dataclasses.replace(scheme, digits=digits, outlined=outlined)
 
 
 def scheme_fields(scheme: Scheme) -> dict[str, Any]:
     """What a file keeps of a scheme: all but what `on_platform` has made of it."""
     fields = {**dataclasses.asdict(scheme), "digits": scheme.digits % 2}
-    del fields["apart"]
+    del fields["outlined"]
     return fields
 
 
@@ -158,7 +162,8 @@ def read_scheme(fields: dict[str, Any], outputs: int, inputs: int) -> Scheme:
         or scheme.digits not in (0, 1)
         or (group is not None and (type(group) is not int or group < 1 or inputs % group))
         or outputs % scheme.in_byte
-        or (scheme.fp8 and (scheme.bits != 8 or scheme.zero or scheme.digits))
+        or (scheme.fp8 and (scheme.bits != 8 or scheme.zero))
+        or (scheme.digits and scheme != KINDS["w8a8"])
     ):
         raise InvalidArgument(f"no scheme of {outputs} outputs and {inputs} inputs")
     return scheme

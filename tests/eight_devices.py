@@ -260,7 +260,10 @@ def test_a_whole_drafter_beside_a_cut_model(tiny):
 
 @pytest.mark.parametrize(
     ("text", "fields"),
-    [("int8", SPREAD), ("int4:g8", SPREAD), ("w8a8", FIELDS), ("fp8", FIELDS)],
+    [
+        *(("int8", SPREAD), ("int4:g8", SPREAD)),
+        *(("int4:channel", FIELDS), ("w8a8", FIELDS), ("fp8", FIELDS)),
+    ],
 )
 def test_quantized_weights(text, fields):
     """Sums of whole numbers have no order; the floats beside them have."""
@@ -276,7 +279,7 @@ def test_quantized_weights(text, fields):
     llm = LLM(params, config, plain.tokenizer, dtype=F32, mesh=mesh)
     assert on_device(params) < llm.nbytes / 2
     assert error(llm.forward(IDS).logits, np.asarray(one.forward(IDS).logits)) <= 1e-4
-    assert answers(llm, drafter="ngram", num_draft=3) == answers(one)
+    assert answers(llm) == answers(llm, drafter="ngram", num_draft=3) == answers(one)
 
 
 @pytest.mark.parametrize("store", ["int8", "fp8"])

@@ -267,7 +267,7 @@ def test_a_drafter_that_was_saved_quantized_stays_so(checkpoint, tmp_path):
     "change",
     [
         *({"bits": 3}, {"bits": "8"}, {"group": 7}, {"group": 0}, {"group": 1.5}, {"digits": 7}),
-        *({"bits": 8.0}, {"group": True}, {"fp8": True, "digits": 1}),
+        *({"bits": 8.0}, {"group": True}, {"fp8": True, "digits": 1}, {"group": 16, "digits": 1}),
         *({"scale_dtype": "object"}, {"zero": 1}, {"more": 1}, {"fp8": True, "zero": True}),
     ],
 )

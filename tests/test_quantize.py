@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_more_bits_are_nearer_and_zeros_stay_zeros(w, text):
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("text", [*RECIPES, "w8a8"])
-@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS + 1])
 def test_every_product_is_that_of_the_weights_it_stands_for(w, text, platform, rows):
     def check(got, x, wide, sums):
         """An activation is off by half a step of its digits, and the products are exact."""
@@ -106,8 +107,10 @@ def test_every_product_is_that_of_the_weights_it_stands_for(w, text, platform, r
     np.testing.assert_array_equal(lookup(table, tokens), widen(table)[tokens])
 
 
-@pytest.mark.parametrize("text", ["int4", "int2", "fp8", "int8:g32"])
-@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [*itertools.product(["int4", "int2", "fp8"], [1, FEW_ROWS + 1]), ("int8:g32", FEW_ROWS + 1)],
+)
 def test_no_weight_is_unpacked_before_its_turn(text, rows):
     """Else a model of many layers would be in memory unpacked."""
     w = quantize(jnp.ones((256, 256)), (0,), scheme_of(text, 256, 256))
@@ -118,8 +121,7 @@ def test_no_weight_is_unpacked_before_its_turn(text, rows):
                 x = project(x, w)
             return x
 
-        weights = [jax.tree.map(jnp.copy, w) for _ in range(layers)]
-        program = jax.jit(run).lower(jnp.ones((1, rows, 256)), weights).compile()
+        program = jax.jit(run).lower(jnp.ones((1, rows, 256)), [w] * layers).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     assert memory(16) < 1.5 * memory(2)
@@ -172,15 +174,23 @@ def test_a_block_of_gguf_is_what_gguf_reads(name):
     np.testing.assert_allclose(got.reshape(want.shape) / largest, want / largest, atol=1e-5)
 
 
-# One of each way to multiply: by two digits, packed or not, by floats, by one digit.
-@pytest.mark.parametrize("text", ["embed=int8,attn/=none,int4:g16", "int8", "fp8", "w8a8"])
-def test_a_quantized_model_drafts_for_itself_without_a_change(text):
+# One of each way to multiply: by two digits, packed or not, by floats, by one digit. A prompt alone
+# is eight rows: `FEW_ROWS`.
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("embed=int8,attn/=none,int4:g16", ["abc"]),
+        *((text, ["abc", "hello there"]) for text in ("int4:g16", "int8", "fp8", "w8a8")),
+    ],
+)
+def test_a_quantized_model_drafts_for_itself_without_a_change(text, prompts):
     """In exact mode, bit for bit against the same quantized model."""
     one = tiny_llm(layers=tiny_config().layers * 2)
     llm = quantized(one, text)
     assert llm.nbytes < 0.6 * one.nbytes
-    prompts, options = ["abc", "hello there"], {"max_tokens": 16, "ignore_eos": True, "logprobs": 1}
-    params = [SamplingParams(**options), SamplingParams(**options, temperature=1.0, seed=3)]
+    options = {"max_tokens": 16, "ignore_eos": True, "logprobs": 1}
+    params = [SamplingParams(**options, temperature=1.0, seed=3), SamplingParams(**options)]
+    params = params[: len(prompts)]
     plain = llm.generate(prompts, params, exact=True)
     drafted = llm.generate(prompts, params, exact=True, drafter="self", num_draft=3)
     assert [o.logprobs for o in drafted] == [o.logprobs for o in plain]
