@@ -309,8 +309,8 @@ def _by_digits(x: jax.Array, w: Quantized) -> jax.Array:
 def _sum_groups(y: jax.Array) -> jax.Array:
     """The sum over G of [G,R,O] f32: [R,O].
 
-    As a product with ones, in two rows: XLA:CPU's reduction takes six times as long, and one row
-    twice as long to compile.
+    As a product with ones, in two rows: XLA:CPU's reduction takes six times as long, and a product
+    with one row half as long again to compile.
     """
     if len(y) == 1:
         return y[0]

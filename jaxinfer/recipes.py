@@ -139,7 +139,8 @@ def on_platform(scheme: Scheme, platform: str) -> Scheme:
 
 def scheme_fields(scheme: Scheme) -> dict[str, Any]:
     """What a file keeps of a scheme: all but what `on_platform` has made of it."""
-    fields = {**dataclasses.asdict(scheme), "digits": scheme.digits % 2}
+    one = scheme.digits % 2  # two are how a CPU multiplies by a float
+    fields = {**dataclasses.asdict(scheme), "digits": one}
     del fields["outlined"]
     return fields
 

@@ -261,8 +261,11 @@ def test_a_whole_drafter_beside_a_cut_model(tiny):
 @pytest.mark.parametrize(
     ("text", "fields"),
     [
-        *(("int8", SPREAD), ("int4:g8", SPREAD)),
-        *(("int4:channel", FIELDS), ("w8a8", FIELDS), ("fp8", FIELDS)),
+        ("int8", SPREAD),
+        ("int4:g8", SPREAD),
+        ("int4:channel", FIELDS),
+        ("w8a8", FIELDS),
+        ("fp8", FIELDS),
     ],
 )
 def test_quantized_weights(text, fields):
