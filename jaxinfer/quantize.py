@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.digits import split
+from pallas_kernels.whole_dot import whole_dot
 
 FP8 = jnp.float8_e4m3fn
 # Of a product by digits where a weight lies in groups; for more it is widened. With 8 rows of int4
@@ -252,9 +252,7 @@ def _product(x: jax.Array, w: Quantized) -> jax.Array:
     if w.scheme.digits and few:
         *digits, unit = split(rows.astype(jnp.float32), (1, 2))
         stacked = jnp.concatenate(digits[: w.scheme.digits])
-        if len(stacked) == 1:  # one row is XLA:CPU's slow path, two are its fast one
-            stacked = jnp.concatenate([stacked, stacked])
-        y = _call(_by_digits, stacked, w)[: len(rows)] * unit[:, 0]
+        y = _call(_by_digits, stacked, w) * unit[:, 0]
     else:
         y = _call(_by_floats, rows, w)
     return y.reshape(*x.shape[:2], -1)
@@ -328,10 +326,9 @@ def _whole_products(x: jax.Array, w: Quantized) -> list[jax.Array]:
     p, bits = w.scheme.in_byte, w.scheme.bits
 
     def times(values: jax.Array) -> jax.Array:  # [G,O/p,I] -> [G,R,O/p]
-        dot = partial(jax.lax.dot_general, preferred_element_type=jnp.int32)
         if len(values) == 1:  # XLA:CPU is slow with a batch of one
-            return dot(x[:, 0], values[0], (((1,), (1,)), ((), ())))[None]
-        return dot(x, values, (((2,), (2,)), ((1,), (0,))))
+            return whole_dot(x[:, 0], values[0], (((1,), (1,)), ((), ())))[None]
+        return whole_dot(x, values, (((2,), (2,)), ((1,), (0,))))
 
     if p == 1:
         return [times(w.values)]

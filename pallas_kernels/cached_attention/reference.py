@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.digits import split
+from pallas_kernels.whole_dot import whole_dot
 
 
 def cached_attention_reference(
@@ -152,7 +153,6 @@ def _whole(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
     [n,R,o] f32."""
     first, second, unit = split(x.astype(jnp.float32), -1)
     both = jnp.concatenate([first, second], axis=1)  # rows of one product
-    dims = ((2,), (axis,)), ((0,), (0,))
-    sums = jax.lax.dot_general(both, codes, dims, preferred_element_type=jnp.int32)
+    sums = whole_dot(both, codes, (((2,), (axis,)), ((0,), (0,))))
     high, low = jnp.split(sums.astype(jnp.float32), 2, axis=1)
     return (high + low / 254) * unit
