@@ -58,15 +58,14 @@ def _unsigned(x: jax.Array, codes: jax.Array, *, dims: Dims, rows: int) -> jax.A
 
     A CPU with AVX-512 VNNI multiplies bytes without a sign by bytes with one (`vpdpbusd`), and XLA
     has YNNPACK's kernels for it. [1536,576] with 2, 8 and 32 rows takes 0.8, 0.54 and 0.4 of the
-    time of two bytes with a sign. Sums that wrap around, here or there, come out right.
+    time of two bytes with a sign. A sum that wraps around is put right by the difference.
     """
-    zero = jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=rows), 0)
-    raised = jax.lax.bitcast_convert_type(jnp.concatenate([x, zero], axis=rows), jnp.uint8) ^ 128
+    zero = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=rows))
+    both = jnp.concatenate([x, zero], axis=rows)
+    raised = jax.lax.bitcast_convert_type(both, jnp.uint8) ^ 128
     y = _mixed_dot.bind(raised, codes, numbers=dims)
-    axis, count = len(dims[1][0]), x.shape[rows]
-    return jax.lax.slice_in_dim(y, 0, count, axis=axis) - jax.lax.slice_in_dim(
-        y, count, count + 1, axis=axis
-    )
+    product, added = jnp.split(y, [x.shape[rows]], axis=len(dims[1][0]))
+    return product - added
 
 
 @functools.cache
