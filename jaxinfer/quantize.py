@@ -328,7 +328,8 @@ def _whole_products(x: jax.Array, w: Quantized) -> list[jax.Array]:
     def times(values: jax.Array) -> jax.Array:  # [G,O/p,I] -> [G,R,O/p]
         if len(values) == 1:  # XLA:CPU is slow with a batch of one
             return whole_dot(x[:, 0], values[0], (((1,), (1,)), ((), ())))[None]
-        # Sums as short as a group's gain nothing from what whole_dot does.
+        # Over 32 inputs whole_dot gains nothing: with VNNI 0.8 to 1.1 of the time for two rows, 1.1
+        # to 1.8 for sixteen.
         dims = ((2,), (2,)), ((1,), (0,))
         return jax.lax.dot_general(x, values, dims, preferred_element_type=jnp.int32)
 

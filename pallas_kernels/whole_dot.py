@@ -21,24 +21,21 @@ Dims: TypeAlias = tuple[Pair, Pair]  # summed over, and of a batch: as of jax.la
 def whole_dot(x: jax.Array, codes: jax.Array, dims: Dims) -> jax.Array:
     """x [.., R, ..] int8 times codes int8: [*batch, R, *rest] int32.
 
+    On a CPU a single row is doubled, since XLA's product of one takes twenty times as long as of
+    two; with AVX-512 VNNI it is another product of the same numbers, see `_unsigned`. The machine
+    that traces decides: all hosts of a program must be of one kind.
+
     Args:
       x: with one axis R that `dims` does not name.
       codes: what lies in memory, and is to be read as it lies.
       dims: (summed over, batch), each a pair of tuples of axes, as `jax.lax.dot_general` takes it.
-
-    On a CPU x gets a row more: XLA's product of one row takes twenty times as long as of two.
     """
-    rows = _rows_axis(x, dims)
+    (summed, _), (batch, _) = dims
+    (rows,) = set(range(x.ndim)) - {*summed, *batch}
     on_cpu = _unsigned if _has_vnni() else _signed
     return jax.lax.platform_dependent(
         x, codes, cpu=partial(on_cpu, dims=dims, rows=rows), default=partial(_plain, dims=dims)
     )
-
-
-def _rows_axis(x: jax.Array, dims: Dims) -> int:
-    (summed, _), (batch, _) = dims
-    (rows,) = set(range(x.ndim)) - {*summed, *batch}
-    return rows
 
 
 def _plain(x: jax.Array, codes: jax.Array, *, dims: Dims) -> jax.Array:
@@ -46,24 +43,23 @@ def _plain(x: jax.Array, codes: jax.Array, *, dims: Dims) -> jax.Array:
 
 
 def _signed(x: jax.Array, codes: jax.Array, *, dims: Dims, rows: int) -> jax.Array:
-    count = x.shape[rows]
-    if count > 1:
+    if x.shape[rows] != 1:
         return _plain(x, codes, dims=dims)
     twice = _plain(jnp.concatenate([x, x], axis=rows), codes, dims=dims)
     return jax.lax.slice_in_dim(twice, 0, 1, axis=len(dims[1][0]))
 
 
 def _unsigned(x: jax.Array, codes: jax.Array, *, dims: Dims, rows: int) -> jax.Array:
-    """As bytes that are 128 too large; the row more is of 128s, and so what that adds to each.
+    """As bytes that are 128 too large; a row more, of 128s, is what that adds to each product.
 
     A CPU with AVX-512 VNNI multiplies bytes without a sign by bytes with one (`vpdpbusd`), and XLA
     has YNNPACK's kernels for it. [1536,576] with 2, 8 and 32 rows takes 0.8, 0.54 and 0.4 of the
-    time of two bytes with a sign. A sum that wraps around is put right by the difference.
+    time of two bytes with a sign; keys and values [3,256,64] in a batch, with 6 and 48 rows, about
+    0.75. A sum that wraps around is put right by the difference.
     """
-    zero = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=rows))
-    both = jnp.concatenate([x, zero], axis=rows)
-    raised = jax.lax.bitcast_convert_type(both, jnp.uint8) ^ 128
-    y = _mixed_dot.bind(raised, codes, numbers=dims)
+    raised = jax.lax.bitcast_convert_type(x, jnp.uint8) ^ 128
+    more = [(0, int(axis == rows), 0) for axis in range(x.ndim)]
+    y = _mixed_dot.bind(jax.lax.pad(raised, jnp.uint8(128), more), codes, axes=dims)
     product, added = jnp.split(y, [x.shape[rows]], axis=len(dims[1][0]))
     return product - added
 
@@ -77,24 +73,25 @@ def _has_vnni(file: str = "/proc/cpuinfo") -> bool:
         return False
 
 
-# uint8 times int8. `jax.lax.dot_general` takes them too, but widens both to int32 first, which no
-# fast product of XLA:CPU is for; this one is StableHLO's product of the two as they are.
+# uint8 times int8. `jax.lax.dot_general` takes them too, but widens both to int32 first, for which
+# XLA:CPU has no fast product; this one is StableHLO's product of the two as they are.
 _mixed_dot = Primitive("mixed_dot")
 
 
 @_mixed_dot.def_abstract_eval
-def _mixed_shape(x: Any, codes: Any, *, numbers: Dims) -> Any:
-    return jax.typeof(jax.eval_shape(partial(_plain, dims=numbers), x, codes))
+def _mixed_shape(x: Any, codes: Any, *, axes: Dims) -> Any:
+    out = jax.eval_shape(partial(_plain, dims=axes), x, codes)
+    return x.update(shape=out.shape, dtype=out.dtype)
 
 
 @_mixed_dot.def_impl
-@partial(jax.jit, static_argnames="numbers")
-def _mixed_eagerly(x: jax.Array, codes: jax.Array, *, numbers: Dims) -> jax.Array:
-    return _mixed_dot.bind(x, codes, numbers=numbers)
+def _mixed_eagerly(x: jax.Array, codes: jax.Array, *, axes: Dims) -> jax.Array:
+    with jax.disable_jit(False):  # or this would call itself
+        return jax.jit(partial(_mixed_dot.bind, axes=axes))(x, codes)
 
 
-def _mixed_lowering(ctx: Any, x: Any, codes: Any, *, numbers: Dims) -> Any:
-    (summed, summed_codes), (batch, batch_codes) = numbers
+def _mixed_lowering(ctx: Any, x: Any, codes: Any, *, axes: Dims) -> Any:
+    (summed, summed_codes), (batch, batch_codes) = axes
     out = ir.RankedTensorType.get(ctx.avals_out[0].shape, ir.IntegerType.get_signless(32))
     dims = stablehlo.DotDimensionNumbers.get(
         lhs_batching_dimensions=list(batch),
@@ -105,10 +102,22 @@ def _mixed_lowering(ctx: Any, x: Any, codes: Any, *, numbers: Dims) -> Any:
     return [stablehlo.dot_general(out, x, codes, dims)]
 
 
-def _mixed_batching(args: Any, axes: Any, *, numbers: Dims) -> Any:
-    """Under vmap it is the widened product."""
-    return jax.vmap(partial(_plain, dims=numbers), in_axes=axes)(*args), 0
+def _mixed_vmapped(args: Any, mapped: Any, *, axes: Dims) -> Any:
+    """Under vmap: one more axis of the batch, in front of all others."""
+    size = next(a.shape[m] for a, m in zip(args, mapped, strict=True) if m is not None)
+
+    def in_front(a: jax.Array, axis: int | None) -> jax.Array:
+        whole = (size, *a.shape)
+        return jnp.broadcast_to(a, whole) if axis is None else jnp.moveaxis(a, axis, 0)
+
+    def behind(pair: Pair) -> Any:
+        return tuple(tuple(axis + 1 for axis in of_one) for of_one in pair)
+
+    summed, batch = map(behind, axes)
+    batch = tuple((0, *of_one) for of_one in batch)
+    fronts = map(in_front, args, mapped)
+    return _mixed_dot.bind(*fronts, axes=(summed, batch)), 0
 
 
 mlir.register_lowering(_mixed_dot, _mixed_lowering)
-batching.primitive_batchers[_mixed_dot] = _mixed_batching
+batching.primitive_batchers[_mixed_dot] = _mixed_vmapped
