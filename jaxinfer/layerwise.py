@@ -43,10 +43,15 @@ def stretches(tokenizer: Tokenizer, texts: Any, max_len: int) -> np.ndarray:
     return np.array(ids[: count * size], np.int32).reshape(count, size)
 
 
+def any_quantized(params: Params) -> bool:
+    """Whether any weight is."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return any(isinstance(leaf, Quantized) for leaf in leaves)
+
+
 def refuse_quantized(params: Params) -> None:
     """Raise InvalidArgument where a weight is quantized."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
-    if any(isinstance(leaf, Quantized) for leaf in leaves):
+    if any_quantized(params):
         raise InvalidArgument("the model is quantized already: take the original")
 
 

@@ -3,7 +3,8 @@
 A weight is a plain array or a `Quantized`; `project`, `lookup` and `scores` take either, so no
 layer asks which it has. A weight is code * scale, with a scale an output channel or one for each
 group of neighbouring inputs; with zero points it is (code - least code) * scale + offset. Codes lie
-[G,O,I], inputs last, several in a byte where they have fewer than eight bits.
+[G,O,I], inputs last, several in a byte where they have fewer than eight bits. (Not as `QArray` of
+qwix has them, elements of int4: XLA:CPU has fast products of bytes alone.)
 
 Letters: O outputs, I inputs of a group, G groups, p = 8 / bits codes a byte; R rows of a product.
 """

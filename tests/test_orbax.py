@@ -20,6 +20,7 @@ from jaxinfer.checkpoint.config_json import from_fields
 from jaxinfer.checkpoint.fields import Fields
 from jaxinfer.checkpoint.orbax import DESCRIPTION, WEIGHTS, is_orbax, load_orbax, save_orbax
 from jaxinfer.checkpoint.placement import Checkpoint, keep_params
+from jaxinfer.cli.main import main
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.errors import CorruptFile, InvalidArgument, JaxinferError
 from jaxinfer.model import init_params
@@ -240,7 +241,10 @@ def quantized(checkpoint, text):
     return dataclasses.replace(checkpoint, params=params)
 
 
-@pytest.mark.parametrize("text", ["int8", "embed=none,v/=int8,int4:g8", "fp8", "w8a8"])
+RECIPES = ["int8", "embed=none,v/=int8,int4:g8", "int2:g8", "fp8", "w8a8"]
+
+
+@pytest.mark.parametrize("text", RECIPES)
 def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
     made = quantized(checkpoint, text)
     folder = tmp_path / "model"
@@ -250,6 +254,20 @@ def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
     with pytest.raises(InvalidArgument, match="is quantized already"):
         load(folder, quantize="int8")
+
+
+def test_the_command_converts(saved, tmp_path, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    for source, output, recipe, kind in (
+        (saved, first, ["--quantize=int8"], "int8"),
+        (first, again, [], "few bits"),
+    ):
+        command = ["jaxinfer", "convert", f"--model={source}", f"--output={output}", *recipe]
+        assert main(command) == 0
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f"bytes of weights in {kind}")
+    want = load(saved, quantize="int8").params
+    for folder in (first, again):
+        jax.tree.map(np.testing.assert_array_equal, load(folder).params, want)
 
 
 def test_a_drafter_that_was_saved_quantized_stays_so(checkpoint, tmp_path):

@@ -29,11 +29,12 @@ def run(values: flags.FlagValues) -> None:
         raise InvalidArgument(f"--output={values.output} is there already; name a new folder")
     from jaxinfer.checkpoint.orbax import save_orbax
     from jaxinfer.checkpoint.placement import Checkpoint
+    from jaxinfer.layerwise import any_quantized
 
     llm = load_model(values)
     save_orbax(
         Path(values.output),
         Checkpoint(llm.params, llm.config, llm.tokenizer, llm.default_params, llm.eos_ids),
     )
-    kind = values.quantize or llm.model.dtype.name
+    kind = values.quantize or ("few bits" if any_quantized(llm.params) else llm.model.dtype.name)
     print(f"{values.output}: {llm.nbytes:,} bytes of weights in {kind}", file=sys.stderr)
