@@ -44,7 +44,7 @@ def stretches(tokenizer: Tokenizer, texts: Any, max_len: int) -> np.ndarray:
 
 
 def any_quantized(params: Params) -> bool:
-    """Whether any weight is."""
+    """Whether any weight is quantized."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     return any(isinstance(leaf, Quantized) for leaf in leaves)
 

@@ -4,7 +4,7 @@ A weight is a plain array or a `Quantized`; `project`, `lookup` and `scores` tak
 layer asks which it has. A weight is code * scale, with a scale an output channel or one for each
 group of neighbouring inputs; with zero points it is (code - least code) * scale + offset. Codes lie
 [G,O,I], inputs last, several in a byte where they have fewer than eight bits. (Not as `QArray` of
-qwix has them, elements of int4: XLA:CPU has fast products of bytes alone.)
+qwix has them, elements of int4: XLA:CPU, in jax 0.10, compiles no product of those.)
 
 Letters: O outputs, I inputs of a group, G groups, p = 8 / bits codes a byte; R rows of a product.
 """

@@ -241,10 +241,7 @@ def quantized(checkpoint, text):
     return dataclasses.replace(checkpoint, params=params)
 
 
-RECIPES = ["int8", "embed=none,v/=int8,int4:g8", "int2:g8", "fp8", "w8a8"]
-
-
-@pytest.mark.parametrize("text", RECIPES)
+@pytest.mark.parametrize("text", ["int8", "embed=none,v/=int8,int4:g8", "int2:g8", "fp8", "w8a8"])
 def test_what_orbax_keeps_comes_back_bit_for_bit(checkpoint, text, tmp_path):
     made = quantized(checkpoint, text)
     folder = tmp_path / "model"

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import pytest
-from test_config import (
+from published_configs import (
     GEMMA2_9B,
     GEMMA3_1B,
     GEMMA3_4B,
