@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.sharding import ONE_DEVICE, Layout
+from jaxinfer.xla import once
 from pallas_kernels import Impl, attention, cache_update, cached_attention
 
 Store = Literal["int8", "fp8"]
@@ -131,7 +132,7 @@ def _attend(
     if beside:
         # The cache is written once it has been read: XLA would else copy it to be safe.
         cache = cache_update(cache, stored, _after(start, y), num_new, impl=writer)
-    return y, cache
+    return once(y), cache  # a quantized product reads it twice: for the largest, and to round
 
 
 def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:

@@ -26,6 +26,7 @@ from jaxinfer.attend import XLA, Kernels, attend
 from jaxinfer.cache import MAX_BLOCK, KVCache, LayerCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.quantize import Quantized, lookup, project, scores
+from jaxinfer.xla import once
 
 Params = dict[str, Any]  # nested dict of arrays
 
@@ -223,7 +224,7 @@ def forward_with_states(
     positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
     # Layers that share a rope share its tables.
     ropes = {layer.rope for layer in config.layers if layer.rope is not None}
-    turns: dict[Any, Any] = {rope: rotary.tables(rope, positions) for rope in ropes}
+    turns: dict[Any, Any] = {r: tuple(map(once, rotary.tables(r, positions))) for r in ropes}
     lay: Any = partial(cache.kernels.layout.constrain, axes="BTD")  # between layers whole along D
     x: Any = lay(Embedding(config).apply({"params": params["embed"]}, tokens))
     states, held = {}, []

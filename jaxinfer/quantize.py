@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 
+from jaxinfer.xla import outlined
 from pallas_kernels.digits import split
 from pallas_kernels.whole_dot import whole_dot
 
@@ -262,13 +262,10 @@ def _product(x: jax.Array, w: Quantized) -> jax.Array:
 def _call(
     product: Callable[[jax.Array, Quantized], jax.Array], x: jax.Array, w: Quantized
 ) -> jax.Array:
-    """product(x, w); an outlined one is a call that XLA does not inline.
-
-    What is set on a value is set on the operation that it comes from, here the call.
-    """
+    """product(x, w), outlined where the scheme says so."""
     if not w.scheme.outlined:
         return product(x, w)
-    return set_xla_metadata(jax.jit(product)(x, w), inlineable="false")
+    return outlined(product, x, w)
 
 
 def _by_floats(x: jax.Array, w: Quantized) -> jax.Array:
@@ -353,5 +350,6 @@ def _low_bits(values: jax.Array, count: int) -> jax.Array:
     A loop over 32 bytes XLA:CPU unrolls and does byte by byte, over many it does as vectors, in a
     third of the time. So that they stay many, what masks them must not be fused with the reshape.
     """
-    flat = jax.jit(jnp.bitwise_and)(values.reshape(len(values), -1), jnp.int8((1 << count) - 1))
-    return set_xla_metadata(flat, inlineable="false").reshape(values.shape)
+    mask = jnp.int8((1 << count) - 1)
+    flat = outlined(jnp.bitwise_and, values.reshape(len(values), -1), mask)
+    return flat.reshape(values.shape)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import InvalidArgument
+from jaxinfer.xla import once, only_if
 
 MAX_LOGPROBS = 20  # alternatives a token; more would make the output larger than the cache
 MAX_STOP = 64  # stop strings, and stop token ids, a row
@@ -230,7 +231,7 @@ def _over_positions(x: jax.Array) -> jax.Array:
 
 def _when(rows: jax.Array, step: Callable[[jax.Array], jax.Array], scores: jax.Array) -> jax.Array:
     """Run `step` only if some row asks for it; the others come out of it as they went in."""
-    return jax.lax.cond(jnp.any(rows), step, lambda s: s, scores)
+    return only_if(jnp.any(rows), step, scores)
 
 
 def _hold_back_end(scores: jax.Array, rows: SamplingRows, early: jax.Array) -> jax.Array:
@@ -326,7 +327,7 @@ def _largest(scores: jax.Array) -> jax.Array:
     """Argmax [B,T] i32 of scores [B,T,V]. In two steps, since XLA:CPU vectorises no argmax: a
     fifth of its time."""
     ids = jnp.arange(scores.shape[-1])
-    here = scores == scores.max(-1, keepdims=True)
+    here = scores == once(scores.max(-1))[..., None]
     return jnp.where(here, ids, scores.shape[-1] - 1).min(-1).astype(jnp.int32)
 
 

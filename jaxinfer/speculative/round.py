@@ -10,7 +10,6 @@ the batch, so a round without a draft costs what a plain step does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,6 +32,7 @@ from jaxinfer.speculative.drafter import Draft, Drafter
 from jaxinfer.speculative.pace import Pace
 from jaxinfer.speculative.verify import VERIFIERS, Accepted
 from jaxinfer.steps import State
+from jaxinfer.xla import only_if
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +145,7 @@ def _round(
     outcome = state, none, none, hidden
     for i, width in enumerate(plan.widths):
         verify = partial(_verify, params, rows, draft, config=config, plan=plan, width=width)
-        outcome = _if(which == i, verify, outcome)
+        outcome = only_if(which == i, verify, outcome)
     state, num_new, num_accepted, hidden = outcome
 
     judged = jnp.minimum(num_accepted + 1, draft.num)
@@ -165,15 +165,6 @@ def _round(
 def _dtype(params: Params) -> jnp.dtype:
     """Of the residual stream: that of the embedding."""
     return params["embed"]["table"].dtype
-
-
-def _if(condition: jax.Array, step: Callable[[Any], Any], carry: Any) -> Any:
-    """`step(carry)` if the condition [] holds, else `carry`: a loop of one turn at most, since XLA
-    updates what goes round a loop where it lies, and copies what passes a branch: the cache."""
-    _, carry = jax.lax.while_loop(
-        lambda x: x[0], lambda x: (jnp.zeros_like(x[0]), step(x[1])), (condition, carry)
-    )
-    return carry
 
 
 def _verify(
