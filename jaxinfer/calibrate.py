@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation
 
 RUNS = 5  # of each width, after one that may compile
+MANY = 12  # tokens of a call that runs rounds one after the other
 PROMPT = 16  # tokens, all the same one: any n-gram of them has been seen
 
 
@@ -42,19 +43,21 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
     )
     rows, drafter = model.place((greedy_rows(batch, model.vocab_limit), drafter))
 
-    def one_round(width: int, max_new: int) -> float:
-        """Seconds of one round that may offer width - 1 tokens; max_new=0: of no round at all."""
+    def one_call(room: int, max_new: int) -> float:
+        """Seconds of rounds until a row has max_new more tokens, of `room` that it may have."""
         nonlocal run
         lengths = jnp.full((batch,), start, jnp.int32)
         state = dataclasses.replace(
             run.state,
             tokens=jnp.zeros_like(run.state.tokens),
             num_tokens=lengths,
-            limit=lengths + width,
+            limit=lengths + room,
             done=jnp.zeros((batch,), bool),
             cache=dataclasses.replace(run.state.cache, lengths=lengths - 1),
         )
-        run = jax.block_until_ready(model.place(dataclasses.replace(run, state=state)))
+        counts = dataclasses.replace(run.counts, widths=jnp.zeros_like(run.counts.widths))
+        run = dataclasses.replace(run, state=state, counts=counts)
+        run = jax.block_until_ready(model.place(run))
         begin = time.perf_counter()
         run = jax.block_until_ready(
             speculative.rounds(
@@ -76,16 +79,30 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
         return max(none - empty, 0.0), max(full - empty, 0.0)
 
     draft = drafting_seconds(run)
-    call = _median(lambda: one_round(1, 0))
-    whole = [max(_median(partial(one_round, width, 1)) - call, 1e-6) for width in plan.widths]
+    single = [_median(partial(one_call, width, 1)) for width in plan.widths]
+    many = _median(partial(one_call, capacity - start, min(MANY, capacity - start)))
+    call = call_seconds(single, many, jax.device_get(run.counts.widths).tolist())
     most = max(1, plan.widths[-1] - 1)
     drafting = [draft[0] + (draft[1] - draft[0]) * (w - 1) / most for w in plan.widths]
-    verify = tuple(max(a - b, 1e-6) for a, b in zip(whole, drafting, strict=True))
+    verify = tuple(max(a - call - b, 1e-6) for a, b in zip(single, drafting, strict=True))
     # In a text without a repetition a fallback asks its second drafter, which may cost much more.
     unlike = jnp.broadcast_to(jnp.arange(capacity) % model.vocab_limit, run.state.tokens.shape)
     state = dataclasses.replace(run.state, tokens=unlike.astype(jnp.int32))
     other = drafting_seconds(model.place(dataclasses.replace(run, state=state)))
     return Costs(verify, (max(draft[0], other[0]), max(draft[1], other[1])))
+
+
+def call_seconds(single: Sequence[float], many: float, rounds: Sequence[int]) -> float:
+    """What a call costs beside its rounds, from calls of a `single` round of each width, and one of
+    `many` rounds, so many of each width.
+
+    More than to enter and to leave: a round alone finds threads asleep and caches cold.
+    """
+    count = sum(rounds)
+    if count < 2:
+        return 0.0
+    apart = sum(n * seconds for n, seconds in zip(rounds, single, strict=True))
+    return max(apart - many, 0.0) / (count - 1)
 
 
 def _draft_seconds(drafter: Drafter, run: speculative.Run, rows: SamplingRows, want: int) -> float:

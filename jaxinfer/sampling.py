@@ -4,7 +4,7 @@
     token  = choose(scores, rows, keys)
 
 Order, that of transformers: padded ids and min_tokens, penalties, bias, temperature, top-k, top-p,
-min-p. Each step is skipped at run time (`lax.cond`) when no row asks for it, so changing a
+min-p. Each step is skipped at run time (`only_if`) when no row asks for it, so changing a
 parameter never compiles anything. Nothing sorts the vocabulary: the k-th largest score and the
 nucleus are found by bisection on the bits of the scores, which is exact and needs only sums, so it
 works on a vocabulary spread over chips.

@@ -37,8 +37,8 @@ def _same(x: jax.Array) -> jax.Array:
 def only_if(condition: jax.Array, step: Callable[[T], T], carry: T) -> T:
     """`step(carry)` if the condition [] holds, else `carry`.
 
-    A loop of one turn at most: XLA updates what goes round a loop where it lies, and copies what
-    passes a branch, be it a cache or the scores of a batch.
+    A loop of one turn at most: XLA updates what goes round a loop where it lies, but has been seen
+    to copy what passes a branch, a cache as well as the scores of a batch.
     """
     _, carry = jax.lax.while_loop(
         lambda x: x[0], lambda x: (jnp.zeros_like(x[0]), step(x[1])), (condition, carry)

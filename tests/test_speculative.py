@@ -9,6 +9,7 @@ from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, drafter, ids
 
 from jaxinfer import cache, steps
 from jaxinfer.batch import Batch
+from jaxinfer.calibrate import call_seconds
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
@@ -198,6 +199,15 @@ def test_prices_are_those_of_the_capacity(llm, monkeypatch):
             "a" * length, max_tokens=4, drafter="ngram", num_draft=3
         )  # nothing to choose
     assert asked == [(1, 128), (1, 128), (1, 256)]
+
+
+@pytest.mark.parametrize("rounds", [(5, 0), (2, 3), (0, 2)])
+def test_what_a_call_costs_is_no_part_of_a_round(rounds):
+    """Or a dear call would make a wide round look cheap beside a narrow one."""
+    real, call = (1.0, 3.0), 0.5
+    many = call + sum(n * seconds for n, seconds in zip(rounds, real, strict=True))
+    assert call_seconds([seconds + call for seconds in real], many, rounds) == pytest.approx(call)
+    assert call_seconds([1.5, 3.5], 3.5, (0, 1)) == 0  # of one call nothing can be told
 
 
 def test_a_round_is_as_wide_as_its_longest_draft(llm):

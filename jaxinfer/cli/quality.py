@@ -48,6 +48,7 @@ def run(values: flags.FlagValues) -> None:
     from jaxinfer import layerwise
     from jaxinfer.bench import plot, quality
     from jaxinfer.bench.prompts import own_text
+    from jaxinfer.checkpoint import hub
     from jaxinfer.recipes import make_recipe
 
     for path in filter(None, (values.plot, values.json)):
@@ -67,6 +68,8 @@ def run(values: flags.FlagValues) -> None:
                 "--calibrate does not go with --quantize=stored, which keeps blocks"
             )
         read_text(values.calibrate)
+    for name in values.other:
+        hub.resolve(name)
     reference = load_model(
         values, dtype="float32", quantize=None, calibration=None, cache_dtype=None
     )

@@ -70,10 +70,6 @@ def cached_attention_reference(
     held = weights[..., :slots]
     if v_scale is not None:
         flat = _values(held * v_scale[:, :, None, None], v_cache)
-    # XLA:CPU adds up in half the time of so small products, 32 rows or one; unmeasured elsewhere.
-    elif tokens == 1:
-        each = held.astype(jnp.float32)[..., None] * v_cache.astype(jnp.float32)[:, :, None, None]
-        flat = jnp.sum(each, axis=-2)
     else:
         # Rows and heads as one axis: XLA:CPU (jaxlib 0.10) refuses this product of bfloat16 with
         # two batch axes where it writes the result transposed.
