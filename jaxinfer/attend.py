@@ -129,10 +129,11 @@ def _attend(
         y = cached_attention(q, *new, keys, values, start, **options)
     else:
         y = attention(q, keys, values, start, **options)
+    y = once(y)  # a quantized product reads it twice: for the largest, and to round
     if beside:
         # The cache is written once it has been read: XLA would else copy it to be safe.
         cache = cache_update(cache, stored, _after(start, y), num_new, impl=writer)
-    return once(y), cache  # a quantized product reads it twice: for the largest, and to round
+    return y, cache
 
 
 def _store(x: jax.Array, store: Store) -> tuple[jax.Array, jax.Array]:

@@ -21,12 +21,13 @@ from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation
 
 RUNS = 5  # of each width, after one that may compile
-MANY = 12  # tokens of a call that runs rounds one after the other
+MANY = 12  # tokens of a call that runs rounds one after the other, or three widest rounds
+LEAST = 0.1  # of a call of one round: what a round takes at least, whatever is taken off
 PROMPT = 16  # tokens, all the same one: any n-gram of them has been seen
 
 
 def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -> Costs:
-    """Seconds of a round of each width, for batches of this size; a few dozen rounds in all."""
+    """Seconds of a round of each width, for batches of this size; some sixty rounds at most."""
     drafter, plan = speculation.drafter, speculation.plan(model.narrow(batch))
     # All lengths cost the same and tokens are worth something: a draft is as long as it may be.
     even = Costs((1.0,) * len(plan.widths))
@@ -80,11 +81,14 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
 
     draft = drafting_seconds(run)
     single = [_median(partial(one_call, width, 1)) for width in plan.widths]
-    many = _median(partial(one_call, capacity - start, min(MANY, capacity - start)))
-    call = call_seconds(single, many, jax.device_get(run.counts.widths).tolist())
+    nothing = _median(partial(one_call, 1, 0))
+    tokens = min(max(MANY, 3 * plan.widths[-1]), capacity - start)
+    many = statistics.median(one_call(capacity - start, tokens) for _ in range(3))
+    rounds = jax.device_get(run.counts.widths).tolist()
+    call = max(nothing, call_seconds(single, many, rounds))
     most = max(1, plan.widths[-1] - 1)
     drafting = [draft[0] + (draft[1] - draft[0]) * (w - 1) / most for w in plan.widths]
-    verify = tuple(max(a - call - b, 1e-6) for a, b in zip(single, drafting, strict=True))
+    verify = tuple(max(a - call - b, LEAST * a) for a, b in zip(single, drafting, strict=True))
     # In a text without a repetition a fallback asks its second drafter, which may cost much more.
     unlike = jnp.broadcast_to(jnp.arange(capacity) % model.vocab_limit, run.state.tokens.shape)
     state = dataclasses.replace(run.state, tokens=unlike.astype(jnp.int32))
@@ -93,10 +97,14 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
 
 
 def call_seconds(single: Sequence[float], many: float, rounds: Sequence[int]) -> float:
-    """What a call costs beside its rounds, from calls of a `single` round of each width, and one of
-    `many` rounds, so many of each width.
+    """What a call costs beside its rounds; 0 where it cannot be told.
 
-    More than to enter and to leave: a round alone finds threads asleep and caches cold.
+    More than to enter and to leave: a round alone finds threads asleep.
+
+    Args:
+      single: seconds of a call of one round, of each width.
+      many: seconds of one call of several rounds.
+      rounds: how many of each width those were; one alone tells nothing.
     """
     count = sum(rounds)
     if count < 2:

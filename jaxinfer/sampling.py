@@ -327,6 +327,7 @@ def _largest(scores: jax.Array) -> jax.Array:
     """Argmax [B,T] i32 of scores [B,T,V]. In two steps, since XLA:CPU vectorises no argmax: a
     fifth of its time."""
     ids = jnp.arange(scores.shape[-1])
+    # Else XLA:CPU writes the largest out as wide as the scores.
     here = scores == once(scores.max(-1))[..., None]
     return jnp.where(here, ids, scores.shape[-1] - 1).min(-1).astype(jnp.int32)
 

@@ -14,7 +14,8 @@ T = TypeVar("T")  # a pytree of arrays
 
 
 def outlined(function: Callable[..., jax.Array], *args: object) -> jax.Array:
-    """function(*args) as a call that XLA does not inline, so that it fuses nothing across it.
+    """function(*args), one array, as a call that XLA does not inline, so that it fuses nothing
+    across it.
 
     What is set on a value is set on the operation that it comes from, here the call.
     """
@@ -22,10 +23,11 @@ def outlined(function: Callable[..., jax.Array], *args: object) -> jax.Array:
 
 
 def once(x: jax.Array) -> jax.Array:
-    """x, computed once on a CPU however many read it.
+    """x, of any shape and dtype, which a CPU computes by itself: neither again for each reader, nor
+    in one with what reads it.
 
-    XLA:CPU fuses what is cheap a number into each reader, and with it all that went before; it
-    drops `jax.lax.optimization_barrier` before it does so (jax 0.10.2).
+    XLA:CPU fuses what it takes for cheap into each reader, and with it all that went before; it
+    drops `jax.lax.optimization_barrier` before it does so (jax 0.10.2). Elsewhere nothing is said.
     """
     return jax.lax.platform_dependent(x, cpu=partial(outlined, _same), default=_same)
 
@@ -35,10 +37,12 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 def only_if(condition: jax.Array, step: Callable[[T], T], carry: T) -> T:
-    """`step(carry)` if the condition [] holds, else `carry`.
+    """`step(carry)` if the condition [] holds, else `carry`; no reverse-mode gradient.
 
-    A loop of one turn at most: XLA updates what goes round a loop where it lies, but has been seen
-    to copy what passes a branch, a cache as well as the scores of a batch.
+    A loop of one turn at most: XLA updates what goes round a loop where it lies, but XLA:CPU has
+    been seen to copy what passes a branch, a cache as well as the scores of a batch.
+
+    Raises TypeError where `step` changes the structure, a shape or a dtype.
     """
     _, carry = jax.lax.while_loop(
         lambda x: x[0], lambda x: (jnp.zeros_like(x[0]), step(x[1])), (condition, carry)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from tiny_drafters import GREEDY, NAMES, PROMPTS, WARM, drafter, ids
 
-from jaxinfer import cache, steps
+from jaxinfer import cache, calibrate, steps
 from jaxinfer.batch import Batch
-from jaxinfer.calibrate import call_seconds
 from jaxinfer.config import LayerConfig, Rope
 from jaxinfer.generate import LLM
 from jaxinfer.sampling import SamplingParams
@@ -206,8 +207,27 @@ def test_what_a_call_costs_is_no_part_of_a_round(rounds):
     """Or a dear call would make a wide round look cheap beside a narrow one."""
     real, call = (1.0, 3.0), 0.5
     many = call + sum(n * seconds for n, seconds in zip(rounds, real, strict=True))
-    assert call_seconds([seconds + call for seconds in real], many, rounds) == pytest.approx(call)
-    assert call_seconds([1.5, 3.5], 3.5, (0, 1)) == 0  # of one call nothing can be told
+    assert calibrate.call_seconds(
+        [seconds + call for seconds in real], many, rounds
+    ) == pytest.approx(call)
+    assert calibrate.call_seconds([1.5, 3.5], 3.5, (0, 1)) == 0  # of one call nothing can be told
+
+
+@pytest.mark.parametrize("name", ["ngram", "same", "other"])
+def test_what_is_measured_is_what_a_round_costs(llm, monkeypatch, name):
+    """By a clock that charges each call, less where it runs no round, and each round by width."""
+    prices, clock, rounds = (1.0, 1.5, 2.0, 4.0), [0.0], calibrate.speculative.rounds
+
+    def charged(*args, **options):
+        run = rounds(*args, **options)
+        clock[0] += (3.0 if run.counts.widths.any() else 1.0) + np.dot(run.counts.widths, prices)
+        return run
+
+    monkeypatch.setattr(calibrate.speculative, "rounds", charged)
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    speculation = llm.speculation(drafter(name, llm, "auto"))
+    costs = calibrate.measure(llm.model, speculation, 1, 128)
+    assert costs.verify_seconds == pytest.approx(prices)
 
 
 def test_a_round_is_as_wide_as_its_longest_draft(llm):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.checkpoint.placement import keep_params
+from jaxinfer.generate import LLM
+from jaxinfer.model import forward
+from jaxinfer.recipes import make_recipe
 from jaxinfer.sampling import History, choose, greedy_rows, process_logits
+from jaxinfer.sharding import ONE_DEVICE
 from jaxinfer.testing import tiny_llm
 from jaxinfer.xla import once, only_if, outlined
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def compiled(f, *args):
@@ -29,7 +43,7 @@ def read_twice(keep):
 
 
 def test_what_is_read_twice_is_computed_once():
-    """With the two counts that show why: XLA:CPU computes it for each reader, barrier or not."""
+    """The last two counts say why: the day that they fall, `once` may go."""
     args = jnp.ones(8), jnp.ones((4, 8))
     assert count(compiled(read_twice(once), *args), "cosine") == 1
     for other in (lambda x: x, jax.lax.optimization_barrier):
@@ -38,7 +52,7 @@ def test_what_is_read_twice_is_computed_once():
         np.testing.assert_array_equal(a, b)
 
 
-def test_once_is_the_identity_to_every_transformation():
+def test_once_is_the_identity_under_vmap_grad_and_without_jit():
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(jax.vmap(once)(x), x)
     np.testing.assert_array_equal(jax.grad(lambda x: (once(x) ** 2).sum())(x), 2 * x)
@@ -71,19 +85,43 @@ def test_no_score_passes_a_branch():
         return choose(process_logits(logits, rows, history), rows, keys)
 
     keys = jax.random.split(jax.random.key(0), (4, 1))
-    text = compiled(step, jax.ShapeDtypeStruct((4, 1, 512), jnp.float32), history, rows, keys)
+    text = compiled(step, jnp.zeros((4, 1, 512)), history, rows, keys)
     assert count(text, "conditional") == 0 < count(text, "while")
 
 
-def test_rotary_tables_are_computed_once_a_forward():
-    llm = tiny_llm()
-    cache = llm.model.new_cache(2, 128)
+def test_the_largest_score_is_one_number_a_row():
+    rows, keys = greedy_rows(32, 49152), jax.random.split(jax.random.key(0), (32, 1))
+    scores = jax.random.normal(jax.random.key(1), (32, 1, 49152))
+    text = compiled(lambda s: choose(s, rows, keys), scores)
+    wide = [x for x in text.splitlines() if "ynn_fusion" in x and " f32[32,1,49152]" in x]
+    assert [x for x in wide if x.split(" = ")[1].startswith("f32[32,1,49152]")] == []
+    np.testing.assert_array_equal(choose(scores, rows, keys), scores.argmax(-1))
 
-    def forward(params, tokens, cache):
-        from jaxinfer.model import forward
 
-        return forward(params, tokens, jnp.ones((2,), jnp.int32), cache, config=llm.config)
+@pytest.fixture(scope="module")
+def llm():
+    return tiny_llm()
 
-    text = compiled(forward, llm.params, jnp.ones((2, 1), jnp.int32), cache)
+
+def forward_text(llm):
+    """The compiled forward of two rows of one token, with a cache in int8."""
+    cache = dataclasses.replace(llm.model, store="int8").new_cache(2, 128)
+    one = jnp.ones((2,), jnp.int32)
+    step = partial(forward, config=llm.config)
+    return compiled(step, llm.params, one[:, None], one, cache)
+
+
+def test_rotary_tables_are_computed_once_a_forward(llm):
     ropes = {layer.rope for layer in llm.config.layers}
-    assert count(text, "cosine") == len(ropes) < llm.config.num_layers
+    assert count(forward_text(llm), "cosine") == len(ropes) < llm.config.num_layers
+
+
+def test_what_attention_returns_is_computed_once(llm, monkeypatch):
+    """Products of weights in int8 read it twice."""
+    recipe = make_recipe("int8", "cpu")
+    params = keep_params(llm.params, llm.config, llm.model.dtype, ONE_DEVICE, recipe)
+    eight = LLM(params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
+    kept = count(forward_text(eight), "multiply")
+    jax.clear_caches()
+    monkeypatch.setattr("jaxinfer.attend.once", lambda y: y)
+    assert kept < count(forward_text(eight), "multiply")

@@ -68,7 +68,7 @@ def run(values: flags.FlagValues) -> None:
                 "--calibrate does not go with --quantize=stored, which keeps blocks"
             )
         read_text(values.calibrate)
-    for name in values.other:
+    for name in values.other:  # before anything is measured
         hub.resolve(name)
     reference = load_model(
         values, dtype="float32", quantize=None, calibration=None, cache_dtype=None
