@@ -21,7 +21,7 @@ from jaxinfer.speculative.drafter import Drafter, NoDrafter
 from jaxinfer.speculative.speculation import Speculation
 
 RUNS = 5  # of each width, after one that may compile
-MANY = 12  # tokens of a call that runs rounds one after the other, or three widest rounds
+MANY = 12  # tokens of a call that runs rounds one after the other; or two rounds, if wider
 LEAST = 0.1  # of a call of one round: what a round takes at least, whatever is taken off
 PROMPT = 16  # tokens, all the same one: any n-gram of them has been seen
 
@@ -82,8 +82,9 @@ def measure(model: Model, speculation: Speculation, batch: int, capacity: int) -
     draft = drafting_seconds(run)
     single = [_median(partial(one_call, width, 1)) for width in plan.widths]
     nothing = _median(partial(one_call, 1, 0))
-    tokens = min(max(MANY, 3 * plan.widths[-1]), capacity - start)
-    many = statistics.median(one_call(capacity - start, tokens) for _ in range(3))
+    room = capacity - start
+    tokens = min(max(MANY, plan.widths[-1] + 1), room)
+    many = statistics.median(one_call(room, tokens) for _ in range(3))
     rounds = jax.device_get(run.counts.widths).tolist()
     call = max(nothing, call_seconds(single, many, rounds))
     most = max(1, plan.widths[-1] - 1)

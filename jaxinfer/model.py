@@ -222,7 +222,7 @@ def forward_with_states(
         raise ValueError(f"T={tokens.shape[1]}: a window layer takes {MAX_BLOCK} tokens at once")
     start = cache.lengths
     positions = start[:, None] + jnp.arange(tokens.shape[1])  # [B,T]
-    # Layers that share a rope share its tables.
+    # Layers that share a rope share its tables, and none computes them anew.
     ropes = {layer.rope for layer in config.layers if layer.rope is not None}
     turns: dict[Any, Any] = {r: tuple(map(once, rotary.tables(r, positions))) for r in ropes}
     lay: Any = partial(cache.kernels.layout.constrain, axes="BTD")  # between layers whole along D

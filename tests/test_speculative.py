@@ -207,9 +207,8 @@ def test_what_a_call_costs_is_no_part_of_a_round(rounds):
     """Or a dear call would make a wide round look cheap beside a narrow one."""
     real, call = (1.0, 3.0), 0.5
     many = call + sum(n * seconds for n, seconds in zip(rounds, real, strict=True))
-    assert calibrate.call_seconds(
-        [seconds + call for seconds in real], many, rounds
-    ) == pytest.approx(call)
+    single = [seconds + call for seconds in real]
+    assert calibrate.call_seconds(single, many, rounds) == pytest.approx(call)
     assert calibrate.call_seconds([1.5, 3.5], 3.5, (0, 1)) == 0  # of one call nothing can be told
 
 

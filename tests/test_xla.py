@@ -93,8 +93,8 @@ def test_the_largest_score_is_one_number_a_row():
     rows, keys = greedy_rows(32, 49152), jax.random.split(jax.random.key(0), (32, 1))
     scores = jax.random.normal(jax.random.key(1), (32, 1, 49152))
     text = compiled(lambda s: choose(s, rows, keys), scores)
-    wide = [x for x in text.splitlines() if "ynn_fusion" in x and " f32[32,1,49152]" in x]
-    assert [x for x in wide if x.split(" = ")[1].startswith("f32[32,1,49152]")] == []
+    written = [x.split(" = ")[1] for x in text.splitlines() if "ynn_fusion" in x and " = " in x]
+    assert {x.split("{")[0] for x in written} == {"f32[32,1]"}
     np.testing.assert_array_equal(choose(scores, rows, keys), scores.argmax(-1))
 
 
@@ -122,6 +122,9 @@ def test_what_attention_returns_is_computed_once(llm, monkeypatch):
     params = keep_params(llm.params, llm.config, llm.model.dtype, ONE_DEVICE, recipe)
     eight = LLM(params, llm.config, llm.tokenizer, dtype=llm.model.dtype)
     kept = count(forward_text(eight), "multiply")
+    jax.clear_caches()  # a layer that was traced is not traced again
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxinfer.attend.once", lambda y: y)
+        without = count(forward_text(eight), "multiply")
     jax.clear_caches()
-    monkeypatch.setattr("jaxinfer.attend.once", lambda y: y)
-    assert kept < count(forward_text(eight), "multiply")
+    assert kept < without

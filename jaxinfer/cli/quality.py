@@ -68,8 +68,8 @@ def run(values: flags.FlagValues) -> None:
                 "--calibrate does not go with --quantize=stored, which keeps blocks"
             )
         read_text(values.calibrate)
-    for name in values.other:  # before anything is measured
-        hub.resolve(name)
+    # Where they are, before anything is measured.
+    others = [(Path(name).name, str(hub.resolve(name))) for name in values.other]
     reference = load_model(
         values, dtype="float32", quantize=None, calibration=None, cache_dtype=None
     )
@@ -77,7 +77,7 @@ def run(values: flags.FlagValues) -> None:
     rows = quality.stretches(reference, text, values.tokens)
     found = [_row("float32", reference, {})]
     print(HEAD, flush=True)
-    for name, options in _others(recipes, values.other):
+    for name, options in _rows(recipes, others):
         other = load_model(values, **options)
         row = _row(name, other, quality.summary(quality.compare(reference, other, rows)))
         if values.runs:
@@ -96,11 +96,13 @@ def run(values: flags.FlagValues) -> None:
         print(f"picture: {values.plot}", file=sys.stderr)
 
 
-def _others(recipes: Sequence[str], paths: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """A row's name, and how its model is loaded."""
+def _rows(
+    recipes: Sequence[str], others: Sequence[tuple[str, str]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """A row's name, and how its model is loaded; `others` are names and paths."""
     by_recipe = [(recipe, {"quantize": recipe}) for recipe in recipes]
     by_path = [
-        (Path(path).name, {"name": path, "quantize": None, "calibration": None}) for path in paths
+        (name, {"name": path, "quantize": None, "calibration": None}) for name, path in others
     ]
     return by_recipe + by_path
 
