@@ -1,10 +1,11 @@
 """GPTQ (arXiv 2210.17323): rounding that looks at what a model does with a text.
 
 To round a weight to nearest is the best for that weight alone. GPTQ rounds the inputs of a matrix
-one after the other, and after each moves those that are left so that they make up for its error,
-as far as the activations of a text let them. It is chosen over AWQ (arXiv 2306.00978), which scales
-inputs up before they are rounded to nearest, because it knows no knobs that have to be searched
-for, and leaves every other parameter of the model as it is.
+one after the other, the one with the largest activations first, and after each moves those that
+are left so that they make up for its error, as far as the activations of a text let them. Scales
+are chosen before, with errors counted as the text feeds them. It is chosen over AWQ (arXiv
+2306.00978), which scales inputs up before they are rounded to nearest, because it knows no knobs
+that have to be searched for, and leaves every other parameter of the model as it is.
 
 A layer at a time: each sees the activations that the layers before it, rounded, hand on. The head
 comes last; where it is the embedding table as well, that is how its rows are looked up, too.
@@ -38,7 +39,7 @@ from jaxinfer.recipes import Schemes
 from jaxinfer.sharding import ONE_DEVICE
 
 DAMPING = 0.01  # of the mean squared activation, added to each: the paper's
-BLOCK = 128  # inputs that are rounded together where a scale holds for all of them
+BLOCK = 32  # inputs after which the error of all of them is made up for by the others
 
 
 def round_model(
@@ -96,34 +97,27 @@ def round_matrix(
     """
     x = to_groups(w.astype(jnp.float32), inputs, scheme)  # [G,O,I]
     groups, outputs, size = x.shape
-    rows = np.array(jnp.moveaxis(x, 1, 0).reshape(outputs, -1))  # [O,all]
-    upper, dead = _inverse_root(moments)
-    rows[:, dead] = 0  # an input that is always zero
-    step = size if groups > 1 else next(b for b in range(min(BLOCK, size), 0, -1) if size % b == 0)
-    scale, offset = (None, None) if groups > 1 else _scale(jnp.asarray(rows), scheme)
-    codes: list[Any] = []
-    scales: list[Any] = []
-    offsets: list[Any] = []
-    for a in range(0, rows.shape[1], step):
-        b = a + step
-        block = jnp.asarray(rows[:, a:b])
-        if groups > 1:
-            scale, offset = _scale(block, scheme)
-        made, errors = _round_block(block, upper[a:b, a:b], scale, offset, scheme=scheme)
+    energy = np.einsum("ii->i", moments).astype(np.float32)
+    weight = jnp.asarray(energy).reshape(groups, 1, 1, size)
+    found = [_scale(x[g : g + 1], scheme, weight[g]) for g in range(groups)]
+    scale, offset = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)  # [G,O]
+    # The largest first: what is rounded early is made up for by all that is left.
+    order = np.argsort(-energy, kind="stable")
+    rows = np.array(jnp.moveaxis(x, 1, 0).reshape(outputs, -1))[:, order]  # [O,all]
+    upper, dead = _inverse_root(moments[np.ix_(order, order)])
+    rows[:, dead] = 0  # inputs that are always zero
+    codes = np.empty(rows.shape, np.int8)
+    for a in range(0, rows.shape[1], BLOCK):
+        b = min(a + BLOCK, rows.shape[1])
+        group = order[a:b] // size
+        scales = scale[group], None if offset is None else offset[group]
+        made, errors = _round_block(
+            jnp.asarray(rows[:, a:b]), upper[a:b, a:b], *scales, scheme=scheme
+        )
         rows[:, b:] -= np.asarray(errors) @ upper[a:b, b:]
-        codes.append(made)
-        scales.append(scale)
-        offsets.append(offset)
-    whole = jnp.concatenate(codes, axis=1).reshape(outputs, groups, size).swapaxes(0, 1)
-    return Quantized(
-        pack(whole, scheme),
-        jnp.stack(scales[:groups]),  # where one holds for all, every block named the same
-        None if offset is None else jnp.stack(offsets[:groups]),
-        scheme,
-        w.shape,
-        inputs,
-        w.dtype,
-    )
+        codes[:, order[a:b]] = np.asarray(made)
+    whole = jnp.asarray(codes).reshape(outputs, groups, size).swapaxes(0, 1)
+    return Quantized(pack(whole, scheme), scale, offset, scheme, w.shape, inputs, w.dtype)
 
 
 _scale = jax.jit(find_scale, static_argnums=1)  # one program a shape, not one a group
@@ -145,8 +139,8 @@ def _inverse_root(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _round_block(
     w: jax.Array,  # [O,b] f32
     upper: jax.Array,  # [b,b]
-    scale: jax.Array,  # [O]
-    offset: jax.Array | None,  # [O]
+    scale: jax.Array,  # [b,O]
+    offset: jax.Array | None,  # [b,O]
     *,
     scheme: Scheme,
 ) -> tuple[jax.Array, jax.Array]:
@@ -155,9 +149,10 @@ def _round_block(
     def one(j: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         w, codes, errors = carry
         column = jax.lax.dynamic_slice_in_dim(w, j, 1, axis=1)
-        code = encode(column, scale, offset, scheme)
+        its_scale, its_offset = jax.tree.map(lambda s: s[j], (scale, offset))
+        code = encode(column, its_scale, its_offset, scheme)
         row = jax.lax.dynamic_slice_in_dim(upper, j, 1, axis=0)  # [1,b], zero before j
-        error = (column - decode(code, scale, offset, scheme)) / row[0, j]
+        error = (column - decode(code, its_scale, its_offset, scheme)) / row[0, j]
         w = w - error * row
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=j, axis=1)
         return w, put(codes, code), put(errors, error)

@@ -27,20 +27,22 @@ Moments = dict[str, np.ndarray]  # sum of x x^T [I,I] f64 over inputs x [I], by 
 
 
 def stretches(tokenizer: Tokenizer, texts: Any, max_len: int) -> np.ndarray:
-    """The beginning of texts in stretches [n,W] int32.
+    """The beginning of texts in stretches [n,W] int32, each as if a text began there.
 
     Raises InvalidArgument where they are too short for one.
     """
-    size = min(WINDOW, max_len)
+    # Without its first token a model such as Gemma feeds its layers with something else altogether.
+    front = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    size = max(1, min(WINDOW, max_len) - len(front))
     ids: list[int] = []
     for text in texts:
         if len(ids) < size * STRETCHES:
             # A token has ten bytes at most, on average: not all of a long text is tokenized.
-            ids += tokenizer.encode(text[: 10 * size * STRETCHES])
+            ids += tokenizer.encode(text[: 10 * size * STRETCHES], add_special=False)
     count = min(len(ids) // size, STRETCHES)
     if not count:
         raise InvalidArgument(f"the text has {len(ids)} tokens; {size} are the least")
-    return np.array(ids[: count * size], np.int32).reshape(count, size)
+    return np.array([front + ids[i * size : (i + 1) * size] for i in range(count)], np.int32)
 
 
 def any_quantized(params: Params) -> bool:

@@ -64,9 +64,9 @@ def test_a_model_keeps_what_the_recipe_says():
 
 
 def test_a_model_changes_less_than_to_nearest_on_its_text():
-    """Layer behind layer; random weights gain little."""
-    llm = tiny_llm(seed=1)
-    recipe, f32 = make_recipe("embed=none,int4:g8", "cpu"), jnp.dtype(jnp.float32)
+    """Layer behind layer; random weights gain little, and least in small groups."""
+    llm = tiny_llm(seed=2)
+    recipe, f32 = make_recipe("embed=none,int4:channel:zero", "cpu"), jnp.dtype(jnp.float32)
     tokens = np.random.default_rng(1).integers(0, llm.config.vocab_size, (32, 32), np.int32)
     rounded = round_model(llm.params, llm.config, schemes_of(llm.config, recipe), tokens, f32)
     nearest = keep_params(llm.params, llm.config, f32, ONE_DEVICE, recipe)
