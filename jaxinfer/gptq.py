@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from jaxinfer.checkpoint.placement import flat_specs, flatten, keep, nest, param_shapes
 from jaxinfer.config import ModelConfig
-from jaxinfer.errors import InvalidArgument
 from jaxinfer.layerwise import embed, final_moments, read_layer
 from jaxinfer.model import Params
 from jaxinfer.quantize import (
@@ -98,14 +97,14 @@ def round_matrix(
     x = to_groups(w.astype(jnp.float32), inputs, scheme)  # [G,O,I]
     groups, outputs, size = x.shape
     energy = np.einsum("ii->i", moments).astype(np.float32)
-    weight = jnp.asarray(energy).reshape(groups, 1, 1, size)
-    found = [_scale(x[g : g + 1], scheme, weight[g]) for g in range(groups)]
+    weight = jnp.asarray(energy).reshape(groups, 1, size)
+    x = jnp.where(weight > 0, x, 0)  # an input that is always zero needs no room in a scale
+    found = [_scale(x[g : g + 1], scheme, weight[g : g + 1]) for g in range(groups)]
     scale, offset = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)  # [G,O]
     # The largest first: what is rounded early is made up for by all that is left.
     order = np.argsort(-energy, kind="stable")
     rows = np.array(jnp.moveaxis(x, 1, 0).reshape(outputs, -1))[:, order]  # [O,all]
-    upper, dead = _inverse_root(moments[np.ix_(order, order)])
-    rows[:, dead] = 0  # inputs that are always zero
+    upper = _inverse_root(moments[np.ix_(order, order)])
     codes = np.empty(rows.shape, np.int8)
     for a in range(0, rows.shape[1], BLOCK):
         b = min(a + BLOCK, rows.shape[1])
@@ -123,16 +122,13 @@ def round_matrix(
 _scale = jax.jit(find_scale, static_argnums=1)  # one program a shape, not one a group
 
 
-def _inverse_root(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """U [I,I] f32, upper triangular, with U^T U the inverse of the damped moments; dead inputs."""
+def _inverse_root(moments: np.ndarray) -> np.ndarray:
+    """U [I,I] f32, upper triangular, with U^T U the inverse of the damped moments."""
     h = np.array(moments)
-    if not np.isfinite(h).all():
-        raise InvalidArgument("calibration: activations overflow; use float32 or bfloat16")
     diagonal = np.einsum("ii->i", h)
-    dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    return np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32), dead
+    return np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32)
 
 
 @partial(jax.jit, static_argnames=("scheme",))

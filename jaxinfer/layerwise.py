@@ -66,7 +66,10 @@ def embed(params: Params, tokens: np.ndarray, config: ModelConfig) -> np.ndarray
 def read_layer(
     params: Params, x: np.ndarray, config: ModelConfig, layer: LayerConfig, *, measured: bool
 ) -> tuple[np.ndarray, Moments]:
-    """What a layer makes of the residual stream [n,W,D], and if `measured` the moments."""
+    """What a layer makes of the residual stream [n,W,D], and if `measured` the moments.
+
+    Raises InvalidArgument where activations overflow.
+    """
     out: list[np.ndarray] = []
     total: Moments = {}
     for first in range(0, len(x), ROWS):
@@ -75,7 +78,7 @@ def read_layer(
         out.append(np.asarray(y))
         for name, m in moments.items():
             total[name] = total.get(name, 0) + np.asarray(m, np.float64)
-    return np.concatenate(out), total
+    return np.concatenate(out), {name: _finite(m) for name, m in total.items()}
 
 
 @partial(jax.jit, static_argnames=("config", "layer", "measured"))
@@ -98,7 +101,13 @@ def final_moments(params: Params, x: np.ndarray, config: ModelConfig) -> np.ndar
     total: Any = sum(
         np.asarray(_final(params["final_norm"], part, config=config), np.float64) for part in parts
     )
-    return total
+    return _finite(total)
+
+
+def _finite(moments: np.ndarray) -> np.ndarray:
+    if not np.isfinite(moments).all():
+        raise InvalidArgument("activations overflow; load the model in float32 or bfloat16")
+    return moments
 
 
 @partial(jax.jit, static_argnames=("config",))

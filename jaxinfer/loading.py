@@ -93,7 +93,7 @@ def load(
         raise InvalidArgument(
             f"quantize={quantize!r:.40}, drafter={drafter!r:.40}: both would quantize"
         )
-    if isinstance(calibration, str) or (calibration is not None and not calibration):
+    if calibration is not None and not _are_texts(calibration):
         raise InvalidArgument("calibration: a list of texts, and not an empty one")
     if calibration is not None and (recipe is None or recipe.stored or mesh is not None):
         raise InvalidArgument(
@@ -142,6 +142,12 @@ def load(
         verifier=verifier,
         exact=exact,
     )
+
+
+def _are_texts(given: object) -> bool:
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return False
+    return bool(given) and all(isinstance(text, str) for text in given)
 
 
 def _calibrated(

@@ -150,7 +150,9 @@ def find_scale(
     def better(i: jax.Array, found: tuple[Any, ...]) -> tuple[Any, ...]:
         tried = _fit(x, encode(x, *at(1.2 - 0.04 * i), scheme), counts, scheme)
         least = error(*tried)
-        won = least < found[0]  # not where it is no number: all codes were the same
+        # Not where it is no number, since all codes were the same, and not where one weight counts
+        # for so much that float32 has no digits left for the slope of the others.
+        won = (least < found[0]) & (tried[0] > 0)
         return jax.tree.map(lambda a, b: jnp.where(won, a, b), (least, tried), found)
 
     whole = at(jnp.float32(1))

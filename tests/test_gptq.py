@@ -13,6 +13,7 @@ from jaxinfer.checkpoint.placement import keep_params, schemes_of
 from jaxinfer.errors import InvalidArgument
 from jaxinfer.generate import LLM
 from jaxinfer.gptq import round_matrix, round_model
+from jaxinfer.prune import measure
 from jaxinfer.quantize import quantize, widen
 from jaxinfer.recipes import make_recipe
 from jaxinfer.sharding import ONE_DEVICE
@@ -48,6 +49,17 @@ def test_products_with_the_text_change_less(activations, text, inputs):
     assert 0 < error(rounded) < 0.6 * error(nearest)
 
 
+@pytest.mark.parametrize("text", ["int8", "int4", "int4:symmetric:g16", "int4:channel"])
+def test_a_weight_that_is_never_fed_takes_no_room_in_a_scale(activations, text):
+    scheme = make_recipe(text, "cpu").scheme("a/kernel", 24, 64)
+    w = jax.random.normal(jax.random.key(0), (64, 24))
+    large, none = (
+        np.asarray(widen(round_matrix(w.at[5].set(x), (0,), scheme, activations.T @ activations)))
+        for x in (30.0, 0.0)
+    )
+    np.testing.assert_array_equal(large, none)
+
+
 def test_a_model_keeps_what_the_recipe_says():
     llm = tiny_llm(layers=jaxinfer.testing.tiny_config().layers * 2)
     recipe = make_recipe("down=none,embed=int8,v/=fp8,int4:g8", "cpu")
@@ -61,6 +73,11 @@ def test_a_model_keeps_what_the_recipe_says():
     assert same["layer_0"]["mlp"]["down"]["kernel"]
     assert same["final_norm"]["scale"]
     assert not same["layer_1"]["mlp"]["up"]["kernel"].values
+
+
+def round_to_int8(params, config, tokens):
+    schemes = schemes_of(config, make_recipe("int8", "cpu"))
+    return round_model(params, config, schemes, tokens, jnp.dtype(jnp.float16))
 
 
 def test_a_model_changes_less_than_to_nearest_on_its_text():
@@ -82,3 +99,19 @@ def test_a_model_changes_less_than_to_nearest_on_its_text():
 def test_calibration_without_something_to_round_is_refused(options):
     with pytest.raises(InvalidArgument, match="calibration needs quantize"):
         jaxinfer.load("no-such-model", calibration=["text"], **options)
+
+
+@pytest.mark.parametrize("texts", ["text", [], 5, [5], [b"text"], ["text", None]])
+def test_what_is_no_list_of_texts_is_refused(texts):
+    with pytest.raises(InvalidArgument, match="a list of texts"):
+        jaxinfer.load("no-such-model", quantize="int8", calibration=texts)
+
+
+@pytest.mark.parametrize("read", [measure, round_to_int8])
+def test_activations_that_overflow_are_refused(read):
+    llm = tiny_llm()
+    params = jax.tree.map(lambda x: x.astype(jnp.float16), llm.params)
+    params["layer_0"]["mlp"] = jax.tree.map(lambda x: x * 6e4, params["layer_0"]["mlp"])
+    tokens = np.zeros((1, 16), np.int32)
+    with pytest.raises(InvalidArgument, match="activations overflow"):
+        read(params, llm.config, tokens)

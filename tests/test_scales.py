@@ -70,6 +70,15 @@ def test_groups_without_anything_to_fit_stay_finite():
         assert np.isfinite(off).all()
 
 
+@pytest.mark.parametrize("text", ["int4", "int2"])
+def test_scales_stay_positive_where_one_input_counts_for_all(text):
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(8, 256, 32)), jnp.float32)
+    counts = jnp.asarray(np.exp(16 * rng.normal(size=(8, 1, 32))), jnp.float32)
+    scale, _ = find_scale(weights, scheme_of(text), counts)
+    assert (np.asarray(scale, np.float32) > 0).all()
+
+
 def test_each_stretch_begins_as_a_text_does():
     plain = tiny_tokenizer()
     text = "".join(chr(33 + i % 60) for i in range(3 * WINDOW))
